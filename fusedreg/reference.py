@@ -1,0 +1,118 @@
+"""The order of a step, for one parameter, in ordinary torch operations on any device.
+
+    unscale and clip -> maximize sign -> coupled penalties -> decoupled decay -> moments and step
+    -> L1 threshold
+
+This is what the device code is tested against, so it is written to be read. Low precision is
+stepped in float32 and rounded once, at the store; every operation is elementwise, so strides and
+memory formats do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fusedreg.penalty import soft_threshold, subgradient
+from fusedreg.scalars import Flag, Number, is_zero, number, store, wide_dtype
+
+Settings = Mapping[str, Any]
+"""A param group without its parameters, each number where the arithmetic needs it."""
+
+State = dict[str, Any]
+"""The state of one parameter, read for the arithmetic: moments widened, scalars as numbers."""
+
+
+class Rule(Protocol):
+    """What an optimizer class supplies: its formula, and nothing else."""
+
+    scalar_states: tuple[str, ...]
+    tensor_states: tuple[str, ...]
+
+    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+        """What lr multiplies, and the new state."""
+
+    def gain(self, settings: Settings, state: State) -> Number:
+        """Displacement per unit of constant gradient, over lr: a_i / lr in the new state."""
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64 and complex128, else float32."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def as_real(x: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.detach()
+
+
+def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
+    """The gradient times clip factor over loss scale, in the dtype of the arithmetic.
+
+    The product is formed in the widest dtype: a float32 factor below 1.2e-38 would be subnormal.
+    """
+    grad, dtype = as_real(grad), compute_dtype(param)
+    if not isinstance(scale, Tensor) and scale == 1:
+        return grad.to(dtype)
+    return (grad.to(wide_dtype(grad.device)) * scale).to(dtype)
+
+
+def update(
+    rule: Rule,
+    settings: Settings,
+    param: Tensor,
+    state: dict[str, Tensor],
+    scale: Number,
+    keep: Flag,
+) -> None:
+    """Step one parameter that has a gradient, in place.
+
+    Args:
+        rule: the optimizer.
+        settings: the numbers of its param group.
+        param: the parameter; its `.grad` is read and never written.
+        state: its state; entries that are missing are created.
+        scale: what multiplies the gradient of the loss.
+        keep: True where this step must change nothing.
+    """
+    assert param.grad is not None
+    lr, l1, weight_decay = settings["lr"], settings["l1"], settings["weight_decay"]
+    l1_mode, decoupled = settings["l1_mode"], settings["decoupled_weight_decay"]
+    dtype = compute_dtype(param)
+    w = as_real(param).to(dtype)
+    g = loss_gradient(param, param.grad, scale)
+
+    if settings["maximize"]:
+        g = -g
+    if l1_mode == "subgradient" and not is_zero(l1):
+        g = g + subgradient(w, l1=l1)
+    if not is_zero(weight_decay):
+        if decoupled:
+            w = w * (1 - lr * weight_decay)
+        else:
+            g = g + weight_decay * w
+
+    old = _read(rule, state, param.device, dtype)
+    direction, new = rule.direction(settings, old, g)
+    w = w - lr * direction
+
+    if l1_mode == "prox" and not is_zero(l1):
+        w = soft_threshold(w, lr * l1 * rule.gain(settings, new))
+    if l1_mode == "decoupled" and not is_zero(l1):
+        w = soft_threshold(w, lr * l1)
+
+    for name, moved in new.items():
+        if name not in state:
+            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        store(as_real(state[name]), moved, keep)
+    # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
+    store(as_real(param), w, keep | (lr == 0))
+
+
+def _read(rule: Rule, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> State:
+    scalars = {name: number(state[name], device) for name in rule.scalar_states if name in state}
+    tensors = {name: as_real(state[name]).to(dtype) for name in rule.tensor_states if name in state}
+    return scalars | tensors

@@ -1,0 +1,57 @@
+"""Numbers that may live on a device.
+
+A step must not wait for an accelerator, so a number that is there (a tensor learning rate, a step
+count, a norm) stays a 0-dim tensor, while a number in host memory becomes a Python float. Both obey
+the same arithmetic, so each formula is written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Number: TypeAlias = "float | Tensor"
+Flag: TypeAlias = "bool | Tensor"
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Widest floating dtype of a device: float64, but float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def number(value: Any, device: torch.device) -> Any:
+    """`value` as a Python number, or, where that would wait for an accelerator, a 0-dim tensor.
+
+    Tuples are converted element by element; what is not a tensor is returned as it is.
+    """
+    if isinstance(value, tuple):
+        return tuple(number(element, device) for element in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu":
+        return value.item()
+    if value.is_floating_point():
+        return value.detach().reshape(()).to(device, wide_dtype(device))
+    return value.detach().reshape(()).to(device)
+
+
+def is_zero(value: Number) -> bool:
+    """Whether `value` is known on the host to be 0 (a number on a device is not looked at)."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def store(target: Tensor, value: Number, keep: Flag) -> None:
+    """Round `value` once into `target`, unless `keep` says that nothing may change.
+
+    `keep` selects; it never multiplies, because 0 * inf is NaN.
+    """
+    if keep is True:
+        return
+    if isinstance(keep, Tensor):
+        value = torch.where(keep, target, value)
+    if isinstance(value, Tensor):
+        target.copy_(value)
+    else:
+        target.fill_(value)

@@ -11,12 +11,82 @@ from torch.optim.optimizer import ParamsT
 from fusedreg.checks import check_number
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.reference import Settings, State
-from fusedreg.scalars import Number
+from fusedreg.scalars import Number, is_zero
 
 Betas = tuple[float | Tensor, float | Tensor]
 
 
 class Adam(FusedOptimizer):
+    r"""Adam with weight decay, proximal L1 and clipping.
+
+    One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::
+
+        g = grad / grad_scale * min(1, max_grad_norm / (norm + 1e-6))
+        g = -g                                    if maximize
+        g = g + l1 * sign(w)                      if l1_mode == "subgradient"
+        g = g + weight_decay * w                  if not decoupled_weight_decay
+        w = w * (1 - lr * weight_decay)           if decoupled_weight_decay
+        t = t + 1
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        x = max(x, v)                             if amsgrad
+        d = sqrt(v / (1 - beta2^t)) + eps         x in the place of v if amsgrad
+        w = w - lr * m / (1 - beta1^t) / d
+        w = S(w, lr * l1 / d)                     if l1_mode == "prox", where v (x) is not 0
+        w = S(w, lr * l1)                         if l1_mode == "decoupled"
+
+    Where the second moment is still exactly 0 no gradient was ever seen. There the threshold would
+    be lr * l1 / eps and wipe, say, the unused rows of an embedding, so it is not applied.
+
+    Args:
+        params: tensors, named tensors, or dicts that define param groups. Every option below up to
+            `l1_mode` may differ between groups and is read afresh in every step.
+        lr: learning rate, >= 0; a float or a one-element tensor (read on its device).
+        betas: (beta1, beta2), each in [0, 1); both floats or both one-element tensors.
+        eps: >= 0, in the units of a gradient; added after the bias correction, outside the root.
+        weight_decay: >= 0. Coupled, it is the gradient of weight_decay/2 * ||w||^2, which the
+            moments then normalise away: the first step of a zero loss gradient is lr * sign(w).
+        amsgrad: divide by the largest second moment so far, as torch before bias correction.
+        foreach, fused, capturable: accepted as torch accepts them; fused=False always means the
+            reference path.
+        maximize: ascend the loss; penalties still shrink.
+        differentiable: must be False.
+        decoupled_weight_decay: shrink w instead of adding to g, which is AdamW.
+        l1: weight of the L1 penalty, >= 0, in the units of the loss per unit of weight.
+        l1_mode: what l1 does. "prox": the fixed point minimises loss + l1 * ||w||_1, with exact
+            zeros. "decoupled": shrinks by lr * l1 whatever the gradients are; not an L1 penalty of
+            the loss. "subgradient": what adding the norm to the loss does; no exact zeros.
+        max_grad_norm: clip the global L2 norm of the loss gradients of all groups to this; None
+            computes no norm, float("inf") computes `grad_norm` and clips nothing.
+        skip_nonfinite: a step whose gradient norm is inf or NaN changes nothing, and
+            `skipped_steps` counts it.
+
+    State: `step` (0-dim float32), `exp_avg` m and `exp_avg_sq` v, `max_exp_avg_sq` x if amsgrad;
+    shape and dtype of the parameter, so 8 (12) bytes per float32 parameter.
+
+    Raises:
+        ValueError: an option is negative, NaN, out of range or unknown; l1 > 0 for a complex
+            parameter; a tensor lr or betas with foreach=True and capturable=False.
+        TypeError: an option is not a number.
+        RuntimeError: `fused` and `foreach` together, `fused` and `differentiable` together.
+        NotImplementedError: differentiable=True.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.05]))
+    >>> optimizer = Adam([w], lr=0.1, l1=1.0)
+    >>> w.grad = torch.tensor([2.0, 0.5])
+    >>> optimizer.step()
+    >>> [round(x, 4) for x in w.tolist()]
+    [0.85, 0.0]
+
+    Source: Kingma and Ba, Adam (2015), algorithm 1; Reddi, Kale and Kumar, On the convergence of
+    Adam and beyond (2018), algorithm 2; for the threshold Yun, Lozano and Yang, Adaptive proximal
+    gradient methods for structured neural networks (2021).
+
+    Differs from torch.optim.Adam: float16 and bfloat16 are stepped in float32 and rounded once, the
+    step count lies on the parameter's device, lr = 0 leaves every bit of a parameter. All
+    differences are in docs/differences.md.
+    """
+
     tensor_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     scalar_states = ("step",)
 
@@ -61,6 +131,7 @@ class Adam(FusedOptimizer):
         )
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+        """Check the options of this class; see the base class."""
         check_number("epsilon value", group["eps"], read_device=read_device)
         for index, beta in enumerate(group["betas"]):
             label = f"beta parameter at index {index}"
@@ -81,6 +152,7 @@ class Adam(FusedOptimizer):
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+        """The update rule; see the class docstring and the base class."""
         beta1, beta2 = settings["betas"]
         new: State = {
             "step": state["step"] + 1,
@@ -93,8 +165,10 @@ class Adam(FusedOptimizer):
         bias_correction1 = 1 - beta1 ** new["step"]
         denominator = _denominator(settings, new)
         direction = new["exp_avg"] / bias_correction1 / denominator
-        # 0/0 with eps = 0: a coordinate that has never seen a gradient does not move.
-        return torch.where(denominator == 0, 0.0, direction), new
+        if is_zero(settings["eps"]):
+            # 0/0: a coordinate that has never seen a gradient does not move.
+            direction = torch.where(denominator == 0, 0.0, direction)
+        return direction, new
 
     def gain(self, settings: Settings, state: State) -> Number:
         """1 / (sqrt(v_hat) + eps), and 0 where no gradient was ever seen.
@@ -106,6 +180,48 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(Adam):
+    r"""Adam with decoupled weight decay: :class:`Adam` with `decoupled_weight_decay=True`.
+
+    One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::
+
+        g = grad / grad_scale * min(1, max_grad_norm / (norm + 1e-6))
+        g = -g                                    if maximize
+        g = g + l1 * sign(w)                      if l1_mode == "subgradient"
+        w = w * (1 - lr * weight_decay)
+        t = t + 1
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        x = max(x, v)                             if amsgrad
+        d = sqrt(v / (1 - beta2^t)) + eps         x in the place of v if amsgrad
+        w = w - lr * m / (1 - beta1^t) / d
+        w = S(w, lr * l1 / d)                     if l1_mode == "prox", where v (x) is not 0
+        w = S(w, lr * l1)                         if l1_mode == "decoupled"
+
+    The moments never see the decay, whatever a checkpoint says. It is not an L2 penalty: on a full
+    batch AdamW solves the problem under |w_i| <= 1/weight_decay.
+
+    Args:
+        params, lr, betas, eps, amsgrad: as in :class:`Adam`, like all that follow.
+        weight_decay: >= 0; w loses the fraction lr * weight_decay in a step.
+        maximize, foreach, capturable, differentiable, fused: as in :class:`Adam`.
+        l1, l1_mode, max_grad_norm, skip_nonfinite: as in :class:`Adam`. With `l1_mode="prox"` and a
+            decay the fixed point is not scikit-learn's elastic net (Adam's coupled decay has that).
+
+    State and errors: as in :class:`Adam`.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = AdamW([w], lr=0.1, weight_decay=0.5)
+    >>> w.grad = torch.zeros(2)
+    >>> optimizer.step()
+    >>> [round(x, 4) for x in w.tolist()]
+    [0.95, -1.9]
+
+    Source: Loshchilov and Hutter, Decoupled weight decay regularization (2019), algorithm 2, with
+    torch's lr * weight_decay in the place of their schedule multiplier times weight_decay.
+
+    Differs from torch.optim.AdamW: as :class:`Adam` from torch.optim.Adam.
+    """
+
     def __init__(
         self,
         params: ParamsT,

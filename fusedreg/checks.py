@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedreg.scalars import on_host
+
 L1_MODES = ("prox", "decoupled", "subgradient")
 
 
@@ -22,7 +24,7 @@ def check_number(
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Invalid {label}: a Tensor must be 1-element, got {value.numel()}")
-        if value.device.type != "cpu" and not read_device:
+        if not (read_device or on_host(value)):
             return
     elif not isinstance(value, Real):
         raise TypeError(f"Invalid {label}: {value!r} (expected a number, got {type(value)})")
@@ -52,8 +54,13 @@ def describe(group: dict[str, Any], index: int) -> str:
 
 
 def check_param(group: dict[str, Any], index: int) -> None:
-    """Raise where a parameter cannot be stepped with the penalties of its group."""
+    """Raise where a parameter cannot be stepped, or not with the penalties of its group."""
     param = group["params"][index]
+    if param.is_conj():
+        raise RuntimeError(
+            "view_as_real doesn't work on unresolved conjugated tensors: make the parameter from "
+            f"resolve_conj() ({describe(group, index)})"
+        )
     if param.is_complex() and not (isinstance(group["l1"], Real) and group["l1"] == 0):
         raise ValueError(
             f"Invalid l1 value: {group['l1']} for a complex parameter: the steps treat it as pairs "

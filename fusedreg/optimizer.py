@@ -174,26 +174,29 @@ class FusedOptimizer(Optimizer):
             if self._needs_norm():
                 self._grad_norm = torch.zeros((), device=self.skipped_steps.device)
             return loss
-        scale, skip = self._scale_and_skip([param for _, param in work])
-        for group, param in work:
-            self._update(group, param, scale, skip)
+        scale, skip = self._scale_and_skip([param for _, params in work for param in params])
+        for group, params in work:
+            self._update(group, params, scale, skip)
         return loss
 
     # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
     # name tells them that `step` reports by itself, through `_opt_called`.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _collect(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """Every parameter that has a gradient, once, with its group; raises on bad input."""
-        work = {}
+    def _collect(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The groups with those of their parameters that have a gradient; raises on bad input."""
+        work = []
         for group in self.param_groups:
             self._check_group(group)
+            params: dict[Tensor, None] = {}  # each once, also one that was given twice
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:
                     check_param(group, index)
                     check_grad(type(self).__name__, group, index)
-                    work[param] = group
-        return [(group, param) for param, group in work.items()]
+                    params[param] = None
+            if params:
+                work.append((group, list(params)))
+        return work
 
     def _needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
@@ -214,7 +217,7 @@ class FusedOptimizer(Optimizer):
             if self.max_grad_norm is not None and self.max_grad_norm != float("inf"):
                 scale = scale * number(clip_factor(norm, self.max_grad_norm), device)
         if skip is not False:
-            self._skipped_steps = self.skipped_steps.to(device) + skip
+            self._skipped_steps = self.skipped_steps.to(device).add_(skip)
         return scale, skip | self._only_creates_state(params)
 
     def _only_creates_state(self, params: list[Tensor]) -> Flag:
@@ -233,16 +236,24 @@ class FusedOptimizer(Optimizer):
             only = only & (lr == 0)
         return only
 
-    def _update(self, group: dict[str, Any], param: Tensor, scale: Number, skip: Flag) -> None:
-        device = param.device
-        settings = {
-            name: number(value, device) for name, value in group.items() if name != "params"
-        }
-        state = self.state.get(param, {})
-        self.init_state(settings, param, state, may_skip=skip is not False)
-        reference.update(self, settings, param, state, number(scale, device), number(skip, device))
-        if state:
-            self.state[param] = state
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], scale: Number, skip: Flag
+    ) -> None:
+        """Step the parameters of one group."""
+        settings: dict[torch.device, Settings] = {}
+        for param in params:
+            device = param.device
+            if device not in settings:
+                settings[device] = {
+                    name: number(value, device) for name, value in group.items() if name != "params"
+                }
+            state = self.state.get(param, {})
+            self.init_state(settings[device], param, state, may_skip=skip is not False)
+            reference.update(
+                self, settings[device], param, state, number(scale, device), number(skip, device)
+            )
+            if state:
+                self.state[param] = state
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 

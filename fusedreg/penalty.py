@@ -35,7 +35,7 @@ def soft_threshold(x: Tensor, threshold: Number) -> Tensor:
     >>> soft_threshold(torch.tensor([-3.0, -0.5, 0.0, 2.0]), 1.0).tolist()
     [-2.0, 0.0, 0.0, 1.0]
 
-    Source: Parikh and Boyd, Proximal Algorithms (2014), section 6.5.2. Differs from
+    Source: Parikh and Boyd, Proximal Algorithms (2014), section 6.5. Differs from
     `torch.nn.functional.softshrink`: `threshold` may be a tensor, and x may be complex.
     """
     # + 0.0 turns the -0.0 that sign * 0 leaves for a negative x into +0.0.
@@ -79,7 +79,7 @@ def prox(v: Tensor, step: Number, *, l1: float = 0.0, weight_decay: float = 0.0)
     >>> prox(torch.tensor([3.0, -0.5]), 0.5, l1=2.0, weight_decay=2.0).tolist()
     [1.0, 0.0]
 
-    Source: Parikh and Boyd, Proximal Algorithms (2014), sections 6.5.2 and 6.5.3.
+    Source: Parikh and Boyd, Proximal Algorithms (2014), sections 2.2 and 6.5.
     """
     return soft_threshold(v, step * l1) / (1 + step * weight_decay)
 

@@ -46,7 +46,7 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 def as_real(x: Tensor) -> Tensor:
     """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.detach()
+    return torch.view_as_real(x) if x.is_complex() else x.detach()
 
 
 def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
@@ -54,7 +54,7 @@ def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
 
     The product is formed in the widest dtype: a float32 factor below 1.2e-38 would be subnormal.
     """
-    grad, dtype = as_real(grad), compute_dtype(param)
+    grad, dtype = as_real(grad.resolve_conj()), compute_dtype(param)
     if not isinstance(scale, Tensor) and scale == 1:
         return grad.to(dtype)
     return (grad.to(wide_dtype(grad.device)) * scale).to(dtype)

@@ -21,6 +21,11 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def on_host(value: Tensor) -> bool:
+    """Whether `value` can be read without waiting for an accelerator."""
+    return value.device.type == "cpu"
+
+
 def number(value: Any, device: torch.device) -> Any:
     """`value` as a Python number, or, where that would wait for an accelerator, a 0-dim tensor.
 
@@ -30,7 +35,7 @@ def number(value: Any, device: torch.device) -> Any:
         return tuple(number(element, device) for element in value)
     if not isinstance(value, Tensor):
         return value
-    if value.device.type == "cpu":
+    if on_host(value):
         return value.item()
     if value.is_floating_point():
         return value.detach().reshape(()).to(device, wide_dtype(device))

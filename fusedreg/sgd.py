@@ -15,6 +15,78 @@ from fusedreg.scalars import Flag, Number, is_zero, wide_dtype
 
 
 class SGD(FusedOptimizer):
+    r"""Stochastic gradient descent with momentum, weight decay, proximal L1 and clipping.
+
+    One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::
+
+        g = grad / grad_scale * min(1, max_grad_norm / (norm + 1e-6))
+        g = -g                                    if maximize
+        g = g + l1 * sign(w)                      if l1_mode == "subgradient"
+        g = g + weight_decay * w                  if not decoupled_weight_decay
+        w = w * (1 - lr * weight_decay)           if decoupled_weight_decay
+        b = g                                     first step of this parameter
+        b = momentum * b + (1 - dampening) * g    later
+        u = g                                     if momentum == 0
+        u = g + momentum * b                      if nesterov
+        u = b                                     otherwise
+        w = w - lr * u
+        w = S(w, lr * l1 * k)                     if l1_mode == "prox"
+        w = S(w, lr * l1)                         if l1_mode == "decoupled"
+
+    k is what a constant gradient of 1 has made of u: k = 1 without momentum, else the momentum mass
+    c = 1, later c = momentum * c + (1 - dampening), whose limit is (1 - dampening)/(1 - momentum),
+    and k = 1 + momentum * c if nesterov. With lr * l1 alone, momentum 0.9 would solve the problem
+    of l1/10.
+
+    Args:
+        params: tensors, named tensors, or dicts that define param groups. Every option below up to
+            `l1_mode` may differ between groups and is read afresh in every step.
+        lr: learning rate, >= 0; a float or a one-element tensor (read on its device).
+        momentum: >= 0; with `l1_mode="prox"` and l1 > 0 also < 1.
+        dampening: what the later gradients lose before they enter the buffer, usually in [0, 1].
+        weight_decay: >= 0. Coupled, it is the gradient of weight_decay/2 * ||w||^2.
+        nesterov: look-ahead momentum; needs momentum > 0 and dampening 0.
+        maximize: ascend the loss; penalties still shrink.
+        foreach, fused: accepted as torch accepts them; fused=False always means the reference path.
+        differentiable: must be False.
+        decoupled_weight_decay: shrink w instead of adding to g. With momentum its fixed point is
+            that of a ridge penalty of weight_decay * (1 - momentum).
+        l1: weight of the L1 penalty, >= 0, in the units of the loss per unit of weight.
+        l1_mode: what l1 does. "prox": the fixed point minimises loss + l1 * ||w||_1, with exact
+            zeros. "decoupled": shrinks by lr * l1 whatever the gradients are; not an L1 penalty of
+            the loss. "subgradient": what adding the norm to the loss does; no exact zeros.
+        max_grad_norm: clip the global L2 norm of the loss gradients of all groups to this; None
+            computes no norm, float("inf") computes `grad_norm` and clips nothing.
+        skip_nonfinite: a step whose gradient norm is inf or NaN changes nothing, and
+            `skipped_steps` counts it.
+
+    State: `momentum_buffer` (shape and dtype of the parameter) where momentum > 0, so 4 bytes per
+    float32 parameter, else none. `momentum_mass` (0-dim float64), which is c above, only where
+    l1_mode == "prox" with l1 > 0 needs it, or a first step with dampening that may be skipped.
+
+    Raises:
+        ValueError: an option is negative, NaN or unknown; l1 > 0 for a complex parameter.
+        TypeError: an option is not a number.
+        RuntimeError: `fused` and `foreach` together, `fused` and `differentiable` together.
+        NotImplementedError: differentiable=True.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.05]))
+    >>> optimizer = SGD([w], lr=0.1, l1=1.0)
+    >>> w.grad = torch.tensor([2.0, 0.0])
+    >>> optimizer.step()
+    >>> [round(x, 4) for x in w.tolist()]
+    [0.7, 0.0]
+
+    Source: Sutskever, Martens, Dahl and Hinton, On the importance of initialization and momentum in
+    deep learning (2013), equations 1 and 2, in torch's form (lr outside the buffer); for the
+    threshold Yun, Lozano and Yang, Adaptive proximal gradient methods for structured neural
+    networks (2021).
+
+    Differs from torch.optim.SGD: `.grad` is never written (torch: foreach with nesterov does),
+    float16 and bfloat16 are stepped in float32 and rounded once, sparse gradients are refused. All
+    differences are in docs/differences.md.
+    """
+
     tensor_states = ("momentum_buffer",)
     scalar_states = ("momentum_mass",)
 
@@ -56,6 +128,7 @@ class SGD(FusedOptimizer):
         )
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+        """Check the options of this class; see the base class."""
         check_number("momentum value", group["momentum"], read_device=read_device)
         if group["dampening"] != group["dampening"]:
             raise ValueError("Invalid dampening value: nan (expected a number)")
@@ -85,6 +158,7 @@ class SGD(FusedOptimizer):
             ).fill_(mass)
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+        """The update rule; see the class docstring and the base class."""
         momentum, dampening = settings["momentum"], settings["dampening"]
         if is_zero(momentum):
             return grad, {}
@@ -106,6 +180,7 @@ class SGD(FusedOptimizer):
         return new["momentum_buffer"], new
 
     def gain(self, settings: Settings, state: State) -> Number:
+        """What the momentum makes of a constant gradient of 1, k in the class docstring."""
         momentum = settings["momentum"]
         if is_zero(momentum):
             return 1.0

@@ -7,12 +7,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import fusedreg
+
 from cases import PATHS
+
+torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain nothing from threads
 
 
 @pytest.fixture(params=list(PATHS))
-def path(request: pytest.FixtureRequest) -> str:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the optimizer is asked to run; see cases.PATHS."""
+    if request.param == "device":
+        monkeypatch.setattr(fusedreg.scalars, "on_host", lambda value: False)
+        monkeypatch.setattr(fusedreg.checks, "on_host", lambda value: False)
     return request.param
 
 

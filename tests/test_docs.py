@@ -1,0 +1,112 @@
+"""What the README and the docs say is so: blocks run, formulas are those of the docstrings."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusedreg
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "bench/*.md")
+    for page in sorted(ROOT.glob(pattern))
+]
+CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def python_examples() -> list[object]:
+    """Each python block with the text block that follows it at once, which is what it prints."""
+    fence = r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?"
+    return [
+        pytest.param(code, printed, id=f"{page.relative_to(ROOT)}-{index}")
+        for page in PAGES
+        for index, (code, printed) in enumerate(
+            re.findall(fence, page.read_text(), re.DOTALL | re.MULTILINE)
+        )
+    ]
+
+
+def formula(cls: type) -> str:
+    """The indented block after the first `::` of a docstring."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    found = re.search(r"::\n\n((?: {4}.*\n|\n)+)", doc)
+    assert found, f"{cls.__name__} states no formula"
+    return inspect.cleandoc(found.group(1))
+
+
+@pytest.mark.parametrize(("code", "printed"), python_examples())
+def test_python_block_prints_what_the_page_says(code: str, printed: str) -> None:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "<block>", "exec"), {"__name__": "__main__"})
+    assert out.getvalue() == printed
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_semantics_page_shows_the_formula_of_the_docstring(cls: type) -> None:
+    page = (ROOT / "docs/semantics.md").read_text()
+    section = page.split(f"\n## {cls.__name__}\n", 1)[1].split("\n## ", 1)[0]
+    shown = re.search(r"^```text\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    assert shown is not None
+    assert shown.group(1).strip() == formula(cls)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_runs_in_ci(page: Path) -> None:
+    ci = (ROOT / ".ci/run").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for block in blocks(page, "bash"):
+        for line in block.splitlines():
+            command = line.split("#")[0].strip()
+            assert not command or command in ci or command in makefile, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_within_the_repository_resolve(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", page.read_text())
+    for target in (first or second for first, second in targets):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_tests_named_in_the_pages_exist() -> None:
+    sources = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in sources, f"{page.name} names {name}"
+
+
+def test_readme_fits_and_its_first_screen_shows_the_import() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert any("from fusedreg import" in line for line in lines[:40])
+
+
+def test_changelog_has_the_version() -> None:
+    assert f"## {fusedreg.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_import_is_light_and_needs_neither_triton_nor_the_extras() -> None:
+    heavy = {"triton", "sklearn", "matplotlib", "rich", "torch._dynamo"}
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import fusedreg
+print(sorted({heavy!r} & (set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -126,12 +126,17 @@ class FusedOptimizer(Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps changed nothing because of `skip_nonfinite` or a GradScaler's found_inf.
 
-        A 0-dim int64 tensor on the device of the first parameter; reading its value waits for it.
+        A live 0-dim int64 tensor on the device of the first parameter that had a gradient; reading
+        its value waits for that device.
         """
         if self._skipped_steps is None:
-            device = self.param_groups[0]["params"][0].device
-            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=self._home())
         return self._skipped_steps
+
+    def _home(self) -> torch.device:
+        """Device of the first parameter; a group, even the first, may be empty."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return next((param.device for param in params), torch.device("cpu"))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -172,7 +177,7 @@ class FusedOptimizer(Optimizer):
         work = self._collect()
         if not work:
             if self._needs_norm():
-                self._grad_norm = torch.zeros((), device=self.skipped_steps.device)
+                self._grad_norm = torch.zeros((), dtype=torch.float32, device=self._home())
             return loss
         scale, skip = self._scale_and_skip([param for _, params in work for param in params])
         for group, params in work:
@@ -245,7 +250,9 @@ class FusedOptimizer(Optimizer):
             device = param.device
             if device not in settings:
                 settings[device] = {
-                    name: number(value, device) for name, value in group.items() if name != "params"
+                    name: number(value, device)
+                    for name, value in group.items()
+                    if name not in ("params", "param_names")
                 }
             state = self.state.get(param, {})
             self.init_state(settings[device], param, state, may_skip=skip is not False)

@@ -27,7 +27,7 @@ State = dict[str, Any]
 
 
 class Rule(Protocol):
-    """What an optimizer class supplies: its formula, and nothing else."""
+    """The part of an optimizer that an update needs; see FusedOptimizer, which documents it."""
 
     scalar_states: tuple[str, ...]
     tensor_states: tuple[str, ...]
@@ -36,7 +36,7 @@ class Rule(Protocol):
         """What lr multiplies, and the new state."""
 
     def gain(self, settings: Settings, state: State) -> Number:
-        """Displacement per unit of constant gradient, over lr: a_i / lr in the new state."""
+        """The displacement per unit of a constant gradient, over lr."""
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

@@ -29,9 +29,9 @@ def on_host(value: Tensor) -> bool:
 def number(value: Any, device: torch.device) -> Any:
     """`value` as a Python number, or, where that would wait for an accelerator, a 0-dim tensor.
 
-    Tuples are converted element by element; what is not a tensor is returned as it is.
+    Pairs are converted element by element; what is not a tensor is returned as it is.
     """
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return tuple(number(element, device) for element in value)
     if not isinstance(value, Tensor):
         return value

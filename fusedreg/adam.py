@@ -132,10 +132,9 @@ class Adam(FusedOptimizer):
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""
-        check_number("epsilon value", group["eps"], read_device=read_device)
+        check_number("eps", group["eps"], read_device=read_device)
         for index, beta in enumerate(group["betas"]):
-            label = f"beta parameter at index {index}"
-            check_number(label, beta, below=1.0, read_device=read_device)
+            check_number(f"betas[{index}]", beta, below=1.0, read_device=read_device)
 
     def init_state(
         self, group: Settings, param: Tensor, state: dict[str, Tensor], may_skip: bool
@@ -156,7 +155,8 @@ class Adam(FusedOptimizer):
         beta1, beta2 = settings["betas"]
         new: State = {
             "step": state["step"] + 1,
-            "exp_avg": beta1 * state["exp_avg"] + (1 - beta1) * grad,
+            # beta1 * m + (1 - beta1) * g, whose two factors, rounded, would not sum to 1.
+            "exp_avg": state["exp_avg"] + (1 - beta1) * (grad - state["exp_avg"]),
             # ((1 - beta2) g) g: the square alone overflows sooner.
             "exp_avg_sq": beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad,
         }
@@ -268,15 +268,10 @@ class AdamW(Adam):
 
 def _check_tensors(lr: object, betas: Betas, foreach_only: bool) -> None:
     """Torch's rules on which of lr and betas may be tensors, in its order and words."""
-    if isinstance(lr, Tensor):
-        if foreach_only:
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True"
-            )
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
+    if isinstance(lr, Tensor) and foreach_only:
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
     for index, beta in enumerate(betas):
-        check_number(f"beta parameter at index {index}", beta, below=1.0, read_device=True)
+        check_number(f"betas[{index}]", beta, below=1.0, read_device=True)
     kinds = {Tensor if isinstance(beta, Tensor) else type(beta) for beta in betas}
     if kinds not in ({float}, {Tensor}):
         raise ValueError("betas must be either both floats or both Tensors")

@@ -65,7 +65,7 @@ def _restore(key: Any, name: str, value: Any, param: Tensor, scalar: bool) -> An
         return torch.tensor(float(value), device=param.device)
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    if scalar or value.dim() == 0:
+    if scalar or (value.dim() == 0 and param.dim() > 0):
         return value.detach().to(param.device, copy=True)
     if value.shape != param.shape:
         raise ValueError(

@@ -12,18 +12,27 @@ from fusedreg.scalars import on_host
 
 L1_MODES = ("prox", "decoupled", "subgradient")
 
+LABELS = {
+    "lr": "learning rate",
+    "eps": "epsilon value",
+    "betas[0]": "beta parameter at index 0",
+    "betas[1]": "beta parameter at index 1",
+}
+"""How torch calls an option in an error; every other is called by its name and "value"."""
+
 
 def check_number(
-    label: str, value: Any, *, below: float | None = None, read_device: bool = False
+    name: str, value: Any, *, below: float | None = None, read_device: bool = False
 ) -> None:
-    """Raise unless `value` is a number >= 0, and < `below` where that is given.
+    """Raise unless option `name` is a number >= 0, and < `below` where that is given.
 
     A tensor must have one element. One on an accelerator is looked at only with `read_device`,
     because that waits for the device: at construction, never in a step.
     """
+    label = LABELS.get(name, f"{name} value")
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(f"Invalid {label}: a Tensor must be 1-element, got {value.numel()}")
+            raise ValueError(f"Tensor {name} must be 1-element (got {value.numel()} elements)")
         if not (read_device or on_host(value)):
             return
     elif not isinstance(value, Real):
@@ -83,6 +92,7 @@ def check_grad(optimizer_name: str, group: dict[str, Any], index: int) -> None:
         and grad.device == param.device
         and grad.shape == param.shape
         and grad.device.type != "meta"
+        and (param.is_floating_point() or param.is_complex())
         and not _overlaps_itself(param)
     ):
         return
@@ -92,11 +102,12 @@ def check_grad(optimizer_name: str, group: dict[str, Any], index: int) -> None:
             f"{optimizer_name} does not support sparse gradients, please consider torch.optim.SGD "
             f"or torch.optim.SparseAdam, or build the layer with sparse=False ({where})"
         )
-    if not (grad.is_floating_point() or grad.is_complex()):
-        raise RuntimeError(
-            f"{optimizer_name} only supports gradients of floating point and complex dtypes, but "
-            f"got {grad.dtype}: set requires_grad=False on this parameter or cast it ({where})"
-        )
+    for what, tensor in (("parameters", param), ("gradients", grad)):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise RuntimeError(
+                f"{optimizer_name} only supports {what} of floating point and complex dtypes, but "
+                f"got {tensor.dtype}: set requires_grad=False on the parameter or cast it ({where})"
+            )
     if grad.is_complex() != param.is_complex():
         raise RuntimeError(
             f"{optimizer_name} needs a gradient of the parameter's kind, real or complex, but got "

@@ -99,7 +99,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(value, Tensor):
             raise TypeError("Invalid max_grad_norm value: a Tensor (expected a float or None)")
         if value is not None:
-            check_number("max_grad_norm value", value)
+            check_number("max_grad_norm", value)
             value = float(value)
         self._max_grad_norm = value
 
@@ -117,8 +117,8 @@ class FusedOptimizer(Optimizer):
         """Global L2 norm of the last step's loss gradient, unscaled, before clipping.
 
         A 0-dim float32 tensor on the device of the first parameter (a norm above 3.4e38 reads inf,
-        while the clip factor is still right), or None as long as no step has computed one: that
-        takes `max_grad_norm` (`float("inf")` will do) or `skip_nonfinite`.
+        while the clip factor is still right). None if the last step did not compute it, which takes
+        `max_grad_norm` (`float("inf")` will do) or `skip_nonfinite`.
         """
         return self._grad_norm
 
@@ -175,13 +175,13 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = self._collect()
-        if not work:
-            if self._needs_norm():
-                self._grad_norm = torch.zeros((), dtype=torch.float32, device=self._home())
-            return loss
-        scale, skip = self._scale_and_skip([param for _, params in work for param in params])
-        for group, params in work:
-            self._update(group, params, scale, skip)
+        self._grad_norm = None
+        if work:
+            scale, skip = self._scale_and_skip([param for _, params in work for param in params])
+            for group, params in work:
+                self._update(group, params, scale, skip)
+        elif self._needs_norm():
+            self._grad_norm = torch.zeros((), dtype=torch.float32, device=self._home())
         return loss
 
     # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
@@ -266,9 +266,9 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any], read_device: bool = False) -> None:
         check_flags(group)
-        check_number("learning rate", group["lr"], read_device=read_device)
-        check_number("weight_decay value", group["weight_decay"], read_device=read_device)
-        check_number("l1 value", group["l1"], read_device=read_device)
+        check_number("lr", group["lr"], read_device=read_device)
+        check_number("weight_decay", group["weight_decay"], read_device=read_device)
+        check_number("l1", group["l1"], below=float("inf"), read_device=read_device)
         if group["l1_mode"] not in L1_MODES:
             raise ValueError(
                 f"Invalid l1_mode value: {group['l1_mode']!r} (expected one of {L1_MODES})"

@@ -38,8 +38,15 @@ def soft_threshold(x: Tensor, threshold: Number) -> Tensor:
     Source: Parikh and Boyd, Proximal Algorithms (2014), section 6.5. Differs from
     `torch.nn.functional.softshrink`: `threshold` may be a tensor, and x may be complex.
     """
+    modulus = x.abs()
+    if x.is_complex():
+        # Scale both parts: torch.sgn of a complex infinity is NaN. And divide tensors: torch makes
+        # 0.0 / tensor a product with 1 / tensor.
+        threshold = torch.as_tensor(threshold, dtype=modulus.dtype, device=x.device)
+        kept = torch.where(modulus <= threshold, 0.0, 1 - threshold / modulus)
+        return torch.view_as_complex(torch.view_as_real(x.resolve_conj()) * kept[..., None]) + 0.0
     # + 0.0 turns the -0.0 that sign * 0 leaves for a negative x into +0.0.
-    return torch.sgn(x) * (x.abs() - threshold).clamp(min=0) + 0.0
+    return torch.sgn(x) * (modulus - threshold).clamp(min=0) + 0.0
 
 
 def value(w: Tensor, *, l1: float = 0.0, weight_decay: float = 0.0) -> Tensor:

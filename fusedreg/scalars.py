@@ -42,6 +42,12 @@ def number(value: Any, device: torch.device) -> Any:
     return value.detach().reshape(()).to(device)
 
 
+def whole(value: Tensor) -> Tensor:
+    """A reduction over a DTensor as the plain tensor that all its ranks agree on."""
+    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return full
+
+
 def is_zero(value: Number) -> bool:
     """Whether `value` is known on the host to be 0 (a number on a device is not looked at)."""
     return not isinstance(value, Tensor) and value == 0
@@ -55,7 +61,9 @@ def store(target: Tensor, value: Number, keep: Flag) -> None:
     if keep is True:
         return
     if isinstance(keep, Tensor):
-        value = torch.where(keep, target, value)
+        # Round before selecting: what is kept must not go through another dtype, not even a NaN.
+        rounded = torch.as_tensor(value, dtype=target.dtype, device=target.device)
+        value = torch.where(keep, target, rounded)
     if isinstance(value, Tensor):
         target.copy_(value)
     else:

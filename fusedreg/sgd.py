@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from fusedreg.checks import check_number
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.reference import Settings, State
-from fusedreg.scalars import Flag, Number, is_zero, wide_dtype
+from fusedreg.scalars import Flag, Number, is_zero, whole, wide_dtype
 
 
 class SGD(FusedOptimizer):
@@ -129,7 +129,7 @@ class SGD(FusedOptimizer):
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""
-        check_number("momentum value", group["momentum"], read_device=read_device)
+        check_number("momentum", group["momentum"], read_device=read_device)
         if group["dampening"] != group["dampening"]:
             raise ValueError("Invalid dampening value: nan (expected a number)")
         if group["nesterov"] and (is_zero(group["momentum"]) or not is_zero(group["dampening"])):
@@ -151,11 +151,13 @@ class SGD(FusedOptimizer):
         # The first gradient enters the buffer undamped. If this first step may be skipped on the
         # device, only the mass can tell the next step that it is still the first.
         if _is_thresholded(group) or (fresh and may_skip and not is_zero(dampening)):
-            # A buffer without a mass was filled before l1 was turned on: take it as warmed up.
-            mass = 0.0 if fresh else (1 - dampening) / (1 - momentum)
-            state["momentum_mass"] = torch.zeros(
-                (), dtype=wide_dtype(param.device), device=param.device
-            ).fill_(mass)
+            mass = torch.zeros((), dtype=wide_dtype(param.device), device=param.device)
+            if not fresh:
+                # The buffer was made before l1 was turned on: take it as warmed up, unless it is
+                # all zeros, because the first step was skipped.
+                warm = whole(state["momentum_buffer"].any())
+                mass = torch.where(warm, mass + (1 - dampening) / (1 - momentum), mass)
+            state["momentum_mass"] = mass
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
         """The update rule; see the class docstring and the base class."""

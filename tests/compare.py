@@ -1,0 +1,99 @@
+"""Comparisons shared by the tests of drop-in behaviour."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from cases import ulp
+
+
+def frozen(value: Any) -> Any:
+    """`value` with every tensor as its dtype, shape and bytes, so that `==` compares every bit."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().resolve_conj()
+        kind = (value.dtype, tuple(value.shape))
+        if value.is_meta:
+            return kind
+        dense = value.to_dense() if value.is_sparse else value
+        packed = dense.clone(memory_format=torch.contiguous_format).flatten()
+        return (*kind, packed.view(torch.uint8).numpy().tobytes())
+    if isinstance(value, dict):
+        return {key: frozen(element) for key, element in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [frozen(element) for element in value]
+    return value
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Everything that a step may change, and the gradients that it may not."""
+    params = parameters_of(optimizer)
+    own = ("max_grad_norm", "skip_nonfinite", "grad_norm", "skipped_steps")
+    return frozen(
+        {
+            "params": params,
+            "grads": [param.grad for param in params],
+            "state": [optimizer.state.get(param) for param in params],
+            "groups": [
+                {name: value for name, value in group.items() if name != "params"}
+                for group in optimizer.param_groups
+            ],
+            "own": {name: getattr(optimizer, name, None) for name in own},
+        }
+    )
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+@contextmanager
+def refused(
+    optimizer: torch.optim.Optimizer, error: type[Exception], *words: str
+) -> Iterator[None]:
+    """The block raises exactly `error`, saying `words`, and every bit stays as it was."""
+    before = snapshot(optimizer)
+    with pytest.raises(error) as raised:
+        yield
+    assert raised.type is error
+    for word in words:
+        assert re.search(word, str(raised.value)), f"{word!r} is not in: {raised.value}"
+    assert snapshot(optimizer) == before
+
+
+def assert_close(
+    actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], ulps: float
+) -> None:
+    """Every entry within `ulps` of the largest one (at least 1.0) of its tensor."""
+    for a, e in zip(actual, expected, strict=True):
+        real = e.dtype.to_real() if e.is_complex() else e.dtype
+        largest = max(1.0, e.abs().max().item()) if e.numel() else 1.0
+        torch.testing.assert_close(a.detach(), e.detach(), rtol=0, atol=ulps * ulp(real, largest))
+
+
+def neighbours_apart(actual: torch.Tensor, expected: torch.Tensor) -> int:
+    """By how many representable numbers two float16 or bfloat16 tensors differ at most."""
+    assert actual.dtype == expected.dtype
+    assert actual.itemsize == 2
+    assert torch.isfinite(actual).all()
+    assert torch.isfinite(expected).all()
+    # The bits of a float, read as sign and magnitude, number the floats in order.
+    first, second = (x.detach().view(torch.int16).int() for x in (actual, expected))
+    first, second = (torch.where(x < 0, -(x & 0x7FFF), x) for x in (first, second))
+    return int((first - second).abs().max()) if actual.numel() else 0
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The block runs under another `torch.get_default_dtype()`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,319 @@
+"""Bad input is refused in torch's words plus the remedy, and changes nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal import common_optimizers
+
+import fusedreg
+
+from cases import PATHS, parameters, set_grads
+from compare import refused
+
+CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
+ADAMS = CLASSES[1:]
+NAN = math.nan
+
+
+# ---- torch's own list --------------------------------------------------------------------------
+
+
+def upstream_errors() -> Iterator[Any]:
+    """The CPU entries of `optim_error_inputs_func_*`, and those for CUDA, where it has no list."""
+    for cls in CLASSES:
+        listed = getattr(common_optimizers, f"optim_error_inputs_func_{cls.__name__.lower()}")
+        for entry in listed("cpu", torch.float32):
+            assert entry.error_on is common_optimizers.OptimizerErrorEnum.CONSTRUCTION_ERROR
+            given, error = entry.optimizer_error_input, entry.error_type
+            name = f"{cls.__name__}-{given.desc}"
+            yield pytest.param(cls, given.params, given.kwargs, error, entry.error_regex, id=name)
+        for message, kwargs in {
+            "`fused` and `foreach` cannot be `True` together": {"fused": True, "foreach": True},
+            "`fused` does not support `differentiable`": {"fused": True, "differentiable": True},
+        }.items():
+            yield pytest.param(
+                cls, None, kwargs, RuntimeError, message, id=f"{cls.__name__}-{message}"
+            )
+
+
+@pytest.mark.parametrize(("cls", "params", "kwargs", "error", "message"), list(upstream_errors()))
+def test_torchs_errors(
+    cls: type, params: Any, kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    expected = pytest.warns if issubclass(error, Warning) else pytest.raises
+    with expected(error, match=message) as seen:
+        cls(parameters() if params is None else params, **kwargs)
+    if expected is pytest.raises:
+        assert seen.type is error
+
+
+# ---- options -----------------------------------------------------------------------------------
+
+BAD_OPTIONS: list[tuple[list[type], str, str, list[Any]]] = [
+    (CLASSES, "lr", "learning rate", [-1.0, NAN, torch.tensor(-1.0), torch.tensor(NAN)]),
+    (CLASSES, "weight_decay", "weight_decay value", [-1, -1e-9, NAN, torch.tensor(-1.0)]),
+    (CLASSES, "l1", "l1 value", [-0.1, NAN, -math.inf]),
+    (CLASSES, "l1_mode", "l1_mode value", ["lasso", "", None]),
+    ([fusedreg.SGD], "momentum", "momentum value", [-0.5, NAN]),
+    ([fusedreg.SGD], "dampening", "dampening value", [NAN]),
+    (ADAMS, "eps", "epsilon value", [-1e-8, NAN]),
+    (ADAMS, "betas", "beta parameter at index 0", [(1.0, 0.9), (-0.1, 0.9), (NAN, 0.9)]),
+    (ADAMS, "betas", "beta parameter at index 1", [(0.9, 1.0), (0.9, -0.1), (0.9, NAN)]),
+]
+options = pytest.mark.parametrize(
+    ("cls", "name", "label", "value"),
+    [
+        pytest.param(cls, name, label, value, id=f"{cls.__name__}-{name}={value}")
+        for classes, name, label, bad in BAD_OPTIONS
+        for value in bad
+        for cls in classes
+    ],
+)
+
+
+def trained(cls: type, path: str = "reference", **kwargs: Any) -> Any:
+    """An optimizer with two groups, state, gradients for a next step, and a clip."""
+    params = parameters(shapes=[(3,), (2, 2)])
+    groups = [{"params": [("first", params[0])]}, {"params": [("second", params[1])]}]
+    optimizer = cls(groups, max_grad_norm=1.0, **PATHS[path], **kwargs)
+    for seed in range(2):
+        set_grads(params, seed)
+        optimizer.step()
+    return optimizer
+
+
+@options
+def test_bad_option_is_refused_by_the_constructor(
+    cls: type, name: str, label: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf"Invalid {label}.*\(expected"):
+        cls(parameters(), **{name: value})
+
+
+@options
+def test_bad_option_is_refused_by_add_param_group(
+    cls: type, name: str, label: str, value: Any
+) -> None:
+    optimizer = trained(cls)
+    group = {"params": list(torch.nn.Linear(2, 2).named_parameters()), name: value}
+    with refused(optimizer, ValueError, f"Invalid {label}", r"\(expected"):
+        optimizer.add_param_group(group)
+    optimizer.step()  # the group that was refused is not in the way
+
+
+@options
+def test_bad_option_edited_into_a_group_is_refused_by_step(
+    cls: type, name: str, label: str, value: Any, path: str
+) -> None:
+    optimizer = trained(cls, path)
+    optimizer.param_groups[1][name] = value
+    if path == "device" and isinstance(value, torch.Tensor):
+        optimizer.step()  # which does not wait for a value on an accelerator
+    else:
+        with refused(optimizer, ValueError, f"Invalid {label}", r"\(expected"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("value", ["0.1", None, [0.1]], ids=repr)
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "l1"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_option_that_is_no_number_is_refused(cls: type, name: str, value: Any, path: str) -> None:
+    with pytest.raises(TypeError, match=r"Invalid .*\(expected a number"):
+        cls(parameters(), **{name: value})
+    optimizer = trained(cls, path)
+    optimizer.param_groups[1][name] = value
+    with refused(optimizer, TypeError, "Invalid", r"\(expected a number"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (-1.0, ValueError),
+        (NAN, ValueError),
+        ("1", TypeError),
+        pytest.param(torch.tensor(1.0), TypeError, id="tensor"),
+    ],
+)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_bad_max_grad_norm_is_refused(cls: type, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"Invalid max_grad_norm value.*\(expected"):
+        cls(parameters(), max_grad_norm=value)
+    optimizer = trained(cls)
+    with refused(optimizer, error, "Invalid max_grad_norm value", r"\(expected"):
+        optimizer.max_grad_norm = value
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_differentiable_names_torch_optim(cls: type, path: str) -> None:
+    with pytest.raises(NotImplementedError, match=r"torch\.optim"):
+        cls(parameters(), differentiable=True)
+    optimizer = trained(cls, path)
+    optimizer.param_groups[1].update(differentiable=True, fused=False)
+    with refused(optimizer, NotImplementedError, r"torch\.optim"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"momentum": 0.9, "dampening": 0.5}],
+    ids=["without_momentum", "with_dampening"],
+)
+def test_nesterov_needs_momentum_without_dampening(kwargs: dict[str, float], path: str) -> None:
+    message = "Nesterov momentum requires a momentum and zero dampening"  # torch's
+    with pytest.raises(ValueError, match=message):
+        fusedreg.SGD(parameters(), nesterov=True, **kwargs)
+    optimizer = trained(fusedreg.SGD, path, momentum=0.9)
+    optimizer.param_groups[1].update({"momentum": 0.0, **kwargs, "nesterov": True})
+    with refused(optimizer, ValueError, message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [1.0, 1.5])
+def test_momentum_of_one_has_no_l1_threshold(momentum: float, path: str) -> None:
+    fusedreg.SGD(parameters(), momentum=momentum)  # without l1 torch's answer stands: allowed
+    optimizer = trained(fusedreg.SGD, path, momentum=0.9, l1=0.1)
+    optimizer.param_groups[1]["momentum"] = momentum
+    with refused(optimizer, ValueError, f"Invalid momentum value: {momentum}", "l1_mode='prox'"):
+        optimizer.step()
+
+
+# ---- parameters and gradients ------------------------------------------------------------------
+
+
+def sparse_grad() -> torch.Tensor:
+    layer = nn.Embedding(3, 2, sparse=True)
+    layer(torch.tensor([1])).sum().backward()
+    return layer.weight
+
+
+def integer_grad() -> torch.Tensor:
+    param = torch.tensor([1, 2])
+    param.grad = torch.tensor([1, 1])
+    return param
+
+
+def integer_param() -> torch.Tensor:
+    param = torch.tensor([1, 2])
+    param.grad_dtype = torch.float32
+    param.grad = torch.ones(2)
+    return param
+
+
+def on_meta() -> torch.Tensor:
+    param = nn.Parameter(torch.ones(2, device="meta"))
+    param.grad = torch.ones(2, device="meta")
+    return param
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it lies on a GPU, for a machine without one."""
+
+    device = torch.device("cuda:0")
+
+
+def on_another_device() -> torch.Tensor:
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2).as_subclass(Elsewhere)
+    return param
+
+
+def resized() -> torch.Tensor:
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    param.data = torch.ones(2, 2)
+    return param
+
+
+def turned_complex() -> torch.Tensor:
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    param.data = torch.ones(2, dtype=torch.complex64)
+    return param
+
+
+def expanded() -> torch.Tensor:
+    param = nn.Parameter(torch.ones(1).expand(2))
+    param.grad = torch.ones(2)
+    return param
+
+
+def conjugated() -> torch.Tensor:
+    param = nn.Parameter(torch.ones(2, dtype=torch.complex64).conj())
+    param.grad = torch.ones(2, dtype=torch.complex64)
+    return param
+
+
+# What is wrong, torch's words, the remedy.
+BAD_GRADS: list[tuple[Callable[[], torch.Tensor], str, str]] = [
+    (sparse_grad, "does not support sparse gradients", "sparse=False"),
+    (integer_grad, "only supports .* floating point", "requires_grad=False"),
+    (integer_param, "floating point", "requires_grad=False"),
+    (on_meta, "meta", "to_empty"),
+    (on_another_device, "Expected all tensors to be on the same device", "zero_grad"),
+    (resized, "must match the size", "zero_grad"),
+    (turned_complex, "real or complex", "zero_grad"),
+    (expanded, "more than one element of the written-to tensor", "clone"),
+    (conjugated, "view_as_real doesn't work on unresolved conjugated tensors", "resolve_conj"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "message", "remedy"), BAD_GRADS, ids=[bad[0].__name__ for bad in BAD_GRADS]
+)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_bad_gradient_is_refused(
+    cls: type, make: Callable[[], torch.Tensor], message: str, remedy: str, path: str
+) -> None:
+    optimizer = trained(cls, path)
+    bad = make()
+    optimizer.param_groups[1]["params"].append(bad)
+    optimizer.param_groups[1]["param_names"].append("layer.bad")
+    shape = re.escape(str(tuple(bad.shape)))
+    with refused(optimizer, RuntimeError, message, remedy, "'layer.bad'", shape, str(bad.dtype)):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_parameter_without_a_name_is_given_by_its_index(cls: type, path: str) -> None:
+    good = nn.Parameter(torch.ones(2))
+    good.grad = torch.ones(2)
+    optimizer = cls([good, sparse_grad()], **PATHS[path])
+    with refused(optimizer, RuntimeError, r"parameter 1 of shape \(3, 2\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("l1_mode", ["prox", "decoupled", "subgradient"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_complex_parameter_with_l1_is_refused(cls: type, l1_mode: str, path: str) -> None:
+    message = ("Invalid l1 value: 0.1 for a complex parameter", "l1=0", "'phase'")
+    phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    penalty = {"l1": 0.1, "l1_mode": l1_mode}
+    with pytest.raises(ValueError, match=message[0]):
+        cls([("phase", phase)], **penalty)
+    optimizer = trained(cls, path)
+    with refused(optimizer, ValueError, *message):
+        optimizer.add_param_group({"params": [("phase", phase)], **penalty})
+    optimizer.add_param_group({"params": [("phase", phase)], "l1_mode": l1_mode})
+    phase.grad = torch.ones(2, dtype=torch.complex64)
+    optimizer.step()  # without l1 it is stepped
+    optimizer.param_groups[2]["l1"] = 0.1
+    with refused(optimizer, ValueError, *message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_error_in_the_closure_passes_through(cls: type, path: str) -> None:
+    def closure() -> float:
+        raise KeyError("mine")
+
+    optimizer = trained(cls, path)
+    with refused(optimizer, KeyError, "mine"):
+        optimizer.step(closure)

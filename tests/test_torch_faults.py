@@ -1,0 +1,313 @@
+"""Faults of torch.optim 2.13 that fusedreg does not have: docs/differences.md, one test each.
+
+Where it is cheap the same test is run on torch.optim too and must fail there, so that the page
+stays true.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import fusedreg
+
+from cases import PATHS
+from compare import assert_close, frozen
+
+Test = Callable[..., None]
+
+torch_2_13 = pytest.param(
+    torch.optim,
+    id="torch",
+    marks=pytest.mark.skipif(
+        not torch.__version__.startswith("2.13."),
+        reason="the faults were measured in torch 2.13; another torch may not have them",
+    ),
+)
+
+
+def fault(raises: type[Exception] = AssertionError) -> Callable[[Test], Test]:
+    """Run a test for fusedreg, and for torch.optim 2.13, which must fail it with `raises`."""
+
+    def decorate(test: Test) -> Test:
+        @pytest.mark.parametrize("optim", [pytest.param(fusedreg, id="fusedreg"), torch_2_13])
+        @wraps(test)
+        def both(optim: ModuleType, **arguments: Any) -> None:
+            with nullcontext() if optim is fusedreg else pytest.raises(raises):
+                test(optim=optim, **arguments)
+
+        return both
+
+    return decorate
+
+
+def ones(n: int = 3, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A parameter of ones with a gradient of ones."""
+    param = nn.Parameter(torch.ones(n, dtype=dtype))
+    param.grad = torch.ones(n, dtype=dtype)
+    return param
+
+
+@fault()
+def test_t1_nesterov_foreach_leaves_the_gradient(optim: ModuleType) -> None:
+    param = ones()
+    optimizer = optim.SGD([param], lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    optimizer.step()
+    assert torch.equal(param.grad, torch.ones(3))
+
+
+def test_t2_first_step_that_overflows_leaves_no_garbage_in_the_momentum() -> None:
+    # torch's buffer is uninitialised memory, which only sometimes shows: not run on torch.
+    param, clean = ones(), ones()
+    make = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "fused": True}
+    optimizer, never_skipped = fusedreg.SGD([param], **make), fusedreg.SGD([clean], **make)
+    optimizer.found_inf = torch.tensor(1.0)
+    param.grad.fill_(math.inf)
+    optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+    optimizer.found_inf.zero_()
+    param.grad.fill_(1.0)
+    for _ in range(3):
+        optimizer.step()
+        never_skipped.step()
+        assert torch.equal(param, clean)
+
+
+@fault(raises=TypeError)
+def test_t3_fused_momentum_takes_a_gradient_that_comes_later(optim: ModuleType) -> None:
+    early, late = ones(), ones()
+    late.grad = None
+    optimizer = optim.SGD([early, late], lr=0.1, momentum=0.9, fused=True)
+    optimizer.step()
+    late.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(late, torch.full((3,), 0.9))
+
+
+@fault()
+@pytest.mark.parametrize("found_inf", [2.0, 0.5])
+def test_t4_found_inf_of_several_devices_skips(optim: ModuleType, found_inf: float) -> None:
+    param = ones()
+    optimizer = optim.AdamW([param], lr=0.1, fused=True)
+    optimizer.found_inf = torch.tensor(found_inf)  # GradScaler sums one flag per device
+    param.grad.fill_(math.inf)
+    optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+    assert all(not state.any() for state in optimizer.state[param].values())
+
+
+@fault()
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("layout", ["view", "gradient"])
+def test_t5_fused_respects_strides(optim: ModuleType, name: str, layout: str) -> None:
+    data, grad = torch.arange(24.0).reshape(4, 6), torch.randn(4, 6)
+    if layout == "view":
+        data, grad = data[:, ::2], grad[:, ::2]
+        param = nn.Parameter(data)
+        param.grad = grad
+    else:
+        param = nn.Parameter(data.clone())
+        param.grad = grad.t().contiguous().t()
+    contiguous = nn.Parameter(data.contiguous().clone())
+    contiguous.grad = grad.contiguous()
+    for each in (param, contiguous):
+        optimizer = getattr(optim, name)([each], lr=0.1, fused=True)
+        for _ in range(3):
+            optimizer.step()
+    assert_close([param], [contiguous], ulps=3 * 2)  # per step as in test_oracle
+
+
+@fault()
+def test_t6_loading_keeps_the_precision_of_the_states(optim: ModuleType) -> None:
+    param = ones(dtype=torch.bfloat16)
+    optimizer = optim.AdamW([param])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    precise = torch.full((3,), 1 + 2.0**-20)
+    saved["state"][0]["exp_avg"] = precise.clone()
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[param]["exp_avg"], precise)
+
+
+@fault()
+def test_t7_loading_shares_no_memory(optim: ModuleType) -> None:
+    params = ones(), ones()
+    first, second = (optim.AdamW([param]) for param in params)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    before = frozen(first.state[params[0]])
+    second.step()
+    assert frozen(first.state[params[0]]) == before
+
+
+@fault()
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("SGD", {"momentum": 0.9, "weight_decay": 0.5}),
+        ("Adam", {"weight_decay": 0.5}),
+        ("AdamW", {}),
+    ],
+)
+def test_t8_saving_before_training_does_not_change_it(
+    optim: ModuleType, name: str, kwargs: dict[str, float]
+) -> None:
+    ends = []
+    for save_first in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = getattr(optim, name)(model.parameters(), lr=0.1, **kwargs)
+        if save_first:
+            get_optimizer_state_dict(model, optimizer)
+        for scale in range(3):
+            optimizer.zero_grad()
+            model(torch.full((2, 4), float(scale))).square().sum().backward()
+            optimizer.step()
+        ends.append(frozen(list(model.parameters())))
+    assert ends[0] == ends[1]
+
+
+def count_call(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A step hook that pickle can find."""
+    optimizer.calls = getattr(optimizer, "calls", 0) + 1
+
+
+@fault()
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+def test_t9_a_copy_keeps_hooks_and_amp_support(
+    optim: ModuleType, duplicate: Callable[[Any], Any]
+) -> None:
+    optimizer = optim.AdamW([ones()], fused=True)
+    optimizer.register_step_post_hook(count_call)
+    twin = duplicate(optimizer)
+    twin.step()
+    assert getattr(twin, "calls", 0) == 1
+    assert not hasattr(optimizer, "calls")
+    assert getattr(twin, "_step_supports_amp_scaling", False)
+
+
+@fault()
+def test_t11_capturable_with_lr_zero_is_finite(optim: ModuleType) -> None:
+    param = ones()
+    param.grad.zero_()
+    # torch refuses capturable on a CPU; differentiable takes the same formula there.
+    flag = "differentiable" if optim is torch.optim else "capturable"
+    param.requires_grad_(optim is not torch.optim)
+    optimizer = optim.Adam([param], lr=0.0, **{flag: True})
+    optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+
+
+def test_t12_one_cycle_leaves_a_tensor_beta_beside_a_float() -> None:
+    # What torch's scheduler writes is no constructor's argument; a step takes it all the same.
+    ends = []
+    for kind in (float, torch.tensor):
+        param = ones()
+        betas = tuple(kind(torch.tensor(beta).item()) for beta in (0.9, 0.99))
+        optimizer = fusedreg.Adam([param], betas=betas)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.add_param_group({"params": [ones()], "betas": optimizer.param_groups[0]["betas"]})
+        optimizer.step()
+        ends.append(frozen([optimizer.param_groups[0]["params"], optimizer.state[param]]))
+    assert isinstance(optimizer.param_groups[0]["betas"][0], float)
+    assert isinstance(optimizer.param_groups[0]["betas"][1], torch.Tensor)
+    assert ends[0] == ends[1]
+
+
+@fault(raises=AttributeError)
+def test_t13_a_scheduler_takes_a_compiled_step(optim: ModuleType) -> None:
+    param = ones()
+    optimizer = optim.AdamW([param], lr=0.1)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for done in range(1, 4):
+        optimizer.step()
+        scheduler.step()  # would warn, and so fail here, had it not seen the optimizer's step
+        assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**done
+        assert optimizer.state[param]["step"] == done
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """One CPU rank."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@fault(raises=NotImplementedError)
+def test_t14_fused_sgd_takes_a_dtensor(optim: ModuleType, mesh: DeviceMesh) -> None:
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    param.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    optimizer = optim.SGD([param], lr=0.5, momentum=0.9, fused=True)
+    optimizer.step()
+    assert torch.equal(param.full_tensor(), torch.full((4, 3), 0.5))
+    assert isinstance(optimizer.state[param]["momentum_buffer"], DTensor)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_t14_dtensors_step_and_clip_as_tensors_do(name: str, mesh: DeviceMesh, path: str) -> None:
+    whole, plain = torch.randn(4, 3), torch.randn(2)
+    options = {"lr": 0.1, "l1": 0.1, "max_grad_norm": 0.5}
+    runs = []
+    for place in (lambda x: x, lambda x: distribute_tensor(x, mesh, [Shard(0)])):
+        # A plain tensor beside it: torch's clip_grad_norm_ refuses to mix them.
+        params = [nn.Parameter(place(whole.clone())), nn.Parameter(plain.clone())]
+        optimizer = getattr(fusedreg, name)(params, **options, **PATHS[path])
+        for seed in range(3):
+            torch.manual_seed(seed)
+            params[0].grad, params[1].grad = place(torch.randn(4, 3)), torch.randn(2)
+            optimizer.step()
+        runs.append([params[0], params[1], optimizer.grad_norm])
+    (expected, *plain), (actual, *beside) = runs
+    assert torch.equal(actual.full_tensor(), expected)
+    assert frozen(beside) == frozen(plain)
+
+
+@fault(raises=RuntimeError)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_t15_clipping_takes_an_empty_tensor(optim: ModuleType, dtype: torch.dtype) -> None:
+    params = [ones(0, dtype), ones(4, dtype), ones(0, dtype)]
+    if optim is torch.optim:
+        nn.utils.clip_grad_norm_(params, 1.0, norm_type=math.inf)
+    optimizer = fusedreg.SGD(params, lr=1.0, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 2.0
+    factor = torch.tensor(1 / (2 + 1e-6), dtype=torch.float64).to(dtype)
+    assert torch.equal(params[1], 1 - factor.expand(4))
+
+
+@fault()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_t16_fused_sgd_updates_every_element(
+    optim: ModuleType, dtype: torch.dtype, momentum: float
+) -> None:
+    param = ones(100, dtype)
+    optimizer = optim.SGD([param], lr=0.5, momentum=momentum, fused=True)
+    optimizer.step()
+    assert torch.equal(param, torch.full((100,), 0.5, dtype=dtype))
+    if momentum:
+        assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.ones(100, dtype=dtype))

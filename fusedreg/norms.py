@@ -38,7 +38,12 @@ def global_norm(grads: Iterable[Tensor], device: torch.device) -> Tensor:
     Returns:
         A 0-dim tensor in the device's widest dtype (float64), so that neither the largest nor the
         smallest finite gradient of a narrower dtype overflows or vanishes. Infinite or NaN exactly
-        when a gradient is, or when a float64 norm exceeds 1.8e308.
+        when a gradient is, or when a float64 norm exceeds 1.8e308; 0 without gradients.
+
+    >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0, 12.0]])], torch.device("cpu")).item()
+    13.0
+    >>> global_norm([], torch.device("cpu")).item()
+    0.0
     """
     norms = []
     for grad in grads:

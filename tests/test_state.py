@@ -244,6 +244,21 @@ def test_a_file_that_does_not_fit_changes_nothing(
         optimizer.load_state_dict(saved)
 
 
+def test_state_of_no_parameter_and_what_is_no_tensor_are_kept() -> None:
+    optimizer = fusedreg.AdamW(parameters(shapes=SHAPES))
+    run(optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["state"]["run"] = {"seed": [1, 2]}
+    saved["state"][0]["note"] = ["warm"]
+    optimizer.load_state_dict(saved)
+    loaded = optimizer.state_dict()["state"]
+    assert loaded["run"] == {"seed": [1, 2]}
+    assert loaded[0]["note"] == ["warm"]
+    saved["state"]["run"]["seed"].append(3)
+    saved["state"][0]["note"].append("cold")
+    assert (loaded["run"], loaded[0]["note"]) == ({"seed": [1, 2]}, ["warm"])
+
+
 def test_hooks_of_state_dict_and_load_state_dict() -> None:
     optimizer = fusedreg.AdamW(parameters(shapes=SHAPES), lr=0.1)
     run(optimizer, 1)

@@ -14,7 +14,7 @@ test: $(READY)  ## the whole suite with branch coverage
 	$(BIN)/pytest -n 2 --benchmark-disable --cov
 
 bench: $(READY)  ## time a step beside torch.optim's
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/pytest bench --benchmark-only --benchmark-columns=min,median,max --benchmark-sort=name
 
 lint: $(READY)
 	$(BIN)/ruff check .

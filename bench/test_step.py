@@ -13,7 +13,10 @@ import torch
 
 import fusedreg
 
-SHAPES = [(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]
+SHAPES = {
+    "small": [(256, 256), (256,)] * 12 + [(1000, 256), (1000,)],  # 1 M parameters in 26 tensors
+    "large": [(768, 3072)] * 4,  # 9 M parameters in 4 tensors
+}
 CASES = {
     "SGD momentum": ("SGD", {"lr": 1e-3, "momentum": 0.9}),
     "Adam": ("Adam", {"lr": 1e-3, "weight_decay": 1e-2}),
@@ -25,10 +28,11 @@ IMPLEMENTATIONS = {
 }
 
 
-@pytest.fixture
-def params() -> list[torch.nn.Parameter]:
+@pytest.fixture(params=SHAPES)
+def params(request: pytest.FixtureRequest) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    shapes = SHAPES[request.param]
+    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     for param in made:
         param.grad = torch.randn(param.shape, generator=generator)
     return made
@@ -38,7 +42,12 @@ def params() -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_step(
-    benchmark: Any, params: list[torch.nn.Parameter], case: str, implementation: str, clip: bool
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    params: list[torch.nn.Parameter],
+    case: str,
+    implementation: str,
+    clip: bool,
 ) -> None:
     module, options = IMPLEMENTATIONS[implementation]
     name, kwargs = CASES[case]
@@ -50,5 +59,6 @@ def test_step(
             torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
 
-    benchmark.group = f"{case}{', clipped' if clip else ''}"
-    benchmark.pedantic(step, rounds=20, iterations=1, warmup_rounds=3)
+    size = request.node.callspec.params["params"]
+    benchmark.group = f"{case}, {size}{', clipped' if clip else ''}"
+    benchmark.pedantic(step, rounds=10, iterations=1, warmup_rounds=2)

@@ -35,8 +35,8 @@ class Adam(FusedOptimizer):
         w = S(w, lr * l1 / d)                     if l1_mode == "prox", where v (x) is not 0
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
 
-    Where the second moment is still exactly 0 no gradient was ever seen. There the threshold would
-    be lr * l1 / eps and wipe, say, the unused rows of an embedding, so it is not applied.
+    Where the second moment is exactly 0, as where no gradient was ever seen, the threshold would be
+    lr * l1 / eps and wipe, say, the unused rows of an embedding, so there it is not applied.
 
     Args:
         params: tensors, named tensors, or dicts that define param groups. Every option below up to
@@ -61,8 +61,9 @@ class Adam(FusedOptimizer):
         skip_nonfinite: a step whose gradient norm is inf or NaN changes nothing, and
             `skipped_steps` counts it.
 
-    State: `step` (0-dim float32), `exp_avg` m and `exp_avg_sq` v, `max_exp_avg_sq` x if amsgrad;
-    shape and dtype of the parameter, so 8 (12) bytes per float32 parameter.
+    State: `step` (0-dim float32, float64 if that is the default dtype), `exp_avg` m, `exp_avg_sq`
+    v, and `max_exp_avg_sq` x if amsgrad; shape and dtype of the parameter, so 8 (12) bytes per
+    float32 parameter.
 
     Raises:
         ValueError: an option is negative, NaN, out of range or unknown; l1 > 0 for a complex
@@ -133,6 +134,8 @@ class Adam(FusedOptimizer):
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("eps", group["eps"], read_device=read_device)
+        if len(group["betas"]) != 2:
+            raise ValueError(f"Invalid betas: {group['betas']} (expected two numbers)")
         for index, beta in enumerate(group["betas"]):
             check_number(f"betas[{index}]", beta, below=1.0, read_device=read_device)
 
@@ -171,7 +174,7 @@ class Adam(FusedOptimizer):
         return direction, new
 
     def gain(self, settings: Settings, state: State) -> Number:
-        """1 / (sqrt(v_hat) + eps), and 0 where no gradient was ever seen.
+        """1 / (sqrt(v_hat) + eps), and 0 where the second moment is 0.
 
         There the formula would give 1 / eps and wipe out, say, every unused row of an embedding.
         """

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
+from fusedreg.scalars import wide_dtype
+
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 """Group options that say how to run here; a file from another machine must not change them."""
 
@@ -53,19 +55,27 @@ def restore_state(
             state[key] = deepcopy(saved)
             continue
         param = by_id[key]
-        state[param] = {
+        restored = {
             name: _restore(key, name, value, param, name in scalar_states)
             for name, value in saved.items()
+            if value is not None  # an older torch.optim.SGD wrote momentum_buffer=None
         }
+        if restored:
+            state[param] = restored
     return state
 
 
 def _restore(key: Any, name: str, value: Any, param: Tensor, scalar: bool) -> Any:
-    if scalar and not isinstance(value, Tensor):  # the step count of a torch older than 1.12
-        return torch.tensor(float(value), device=param.device)
+    if scalar:
+        # A number in a file older than torch 1.12, or narrowed by a class that did not know it: a
+        # bfloat16 count would stand still at 256.
+        value = torch.as_tensor(value)
+        least = torch.float32 if name == "step" else wide_dtype(param.device)
+        dtype = torch.promote_types(value.dtype, least)
+        return value.detach().to(param.device, dtype, copy=True)
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    if scalar or (value.dim() == 0 and param.dim() > 0):
+    if value.dim() == 0 and param.dim() > 0:
         return value.detach().to(param.device, copy=True)
     if value.shape != param.shape:
         raise ValueError(

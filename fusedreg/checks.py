@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fusedreg.scalars import on_host
 
@@ -55,83 +56,81 @@ def check_flags(group: dict[str, Any]) -> None:
         )
 
 
-def describe(group: dict[str, Any], index: int) -> str:
-    """Name, shape and dtype of parameter `index` of `group`, for an error message."""
-    param = group["params"][index]
-    name = repr(group["param_names"][index]) if "param_names" in group else str(index)
+def describe(groups: list[dict[str, Any]], number: int, index: int) -> str:
+    """Name, shape, dtype and device of parameter `index` of group `number`, for an error."""
+    param = groups[number]["params"][index]
+    names = groups[number].get("param_names", [])
+    name = repr(names[index]) if index < len(names) else f"{index} of group {number}"
     return f"parameter {name} of shape {tuple(param.shape)}, {param.dtype}, {param.device}"
 
 
-def check_param(group: dict[str, Any], index: int) -> None:
+def check_param(groups: list[dict[str, Any]], number: int, index: int) -> None:
     """Raise where a parameter cannot be stepped, or not with the penalties of its group."""
-    param = group["params"][index]
+    param, l1 = groups[number]["params"][index], groups[number]["l1"]
+    if is_lazy(param):  # of a lazy module: nothing is known before the first forward
+        return
     if param.is_conj():
         raise RuntimeError(
             "view_as_real doesn't work on unresolved conjugated tensors: make the parameter from "
-            f"resolve_conj() ({describe(group, index)})"
+            f"resolve_conj() ({describe(groups, number, index)})"
         )
-    if param.is_complex() and not (isinstance(group["l1"], Real) and group["l1"] == 0):
+    if param.is_complex() and not (isinstance(l1, Real) and l1 == 0):
         raise ValueError(
-            f"Invalid l1 value: {group['l1']} for a complex parameter: the steps treat it as pairs "
-            "of reals, whose soft-threshold is not that of the modulus. Put it into a group with "
-            f"l1=0 ({describe(group, index)})"
+            f"Invalid l1 value: {l1} for a complex parameter: a step treats it as pairs of reals, "
+            "whose soft-threshold is not that of the modulus. Put it into a group with l1=0 "
+            f"({describe(groups, number, index)})"
         )
 
 
-def check_grad(optimizer_name: str, group: dict[str, Any], index: int) -> None:
-    """Raise where the gradient of a parameter cannot be used.
-
-    Called for every gradient in every step, so the good case comes first and is short.
-    """
-    param = group["params"][index]
+def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) -> None:
+    """Raise where the gradient of a parameter cannot be used by the optimizer called `who`."""
+    param = groups[number]["params"][index]
     grad = param.grad
-    if (
-        grad.layout is torch.strided
-        and (grad.is_floating_point() or grad.is_complex())
-        and grad.is_complex() == param.is_complex()
-        and grad.device == param.device
-        and grad.shape == param.shape
-        and grad.device.type != "meta"
-        and (param.is_floating_point() or param.is_complex())
-        and not _overlaps_itself(param)
-    ):
-        return
-    where = describe(group, index)
+    problem = None
     if grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"{optimizer_name} does not support sparse gradients, please consider torch.optim.SGD "
-            f"or torch.optim.SparseAdam, or build the layer with sparse=False ({where})"
+        problem = (
+            f"{who} does not support sparse gradients, please consider torch.optim.SGD or "
+            "torch.optim.SparseAdam, or build the layer with sparse=False"
         )
-    for what, tensor in (("parameters", param), ("gradients", grad)):
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            raise RuntimeError(
-                f"{optimizer_name} only supports {what} of floating point and complex dtypes, but "
-                f"got {tensor.dtype}: set requires_grad=False on the parameter or cast it ({where})"
-            )
-    if grad.is_complex() != param.is_complex():
-        raise RuntimeError(
-            f"{optimizer_name} needs a gradient of the parameter's kind, real or complex, but got "
-            f"{grad.dtype}: clear it with zero_grad() ({where})"
+    elif not _is_numeric(param) or not _is_numeric(grad):
+        what, dtype = (
+            ("gradients", grad.dtype) if _is_numeric(param) else ("parameters", param.dtype)
         )
-    if grad.device.type == "meta":
-        raise RuntimeError(
-            f"{optimizer_name} cannot step a parameter on the meta device: "
-            f"give it memory first, with module.to_empty(device=...) ({where})"
+        problem = (
+            f"{who} only supports {what} of floating point and complex dtypes, but got {dtype}: "
+            "set requires_grad=False on the parameter or cast it"
         )
-    if grad.device != param.device:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but the gradient is on "
-            f"{grad.device}: clear it with zero_grad() after moving the parameter ({where})"
+    elif grad.is_complex() != param.is_complex():
+        problem = (
+            f"{who} needs a gradient of the parameter's kind, real or complex, but got "
+            f"{grad.dtype}: clear it with zero_grad()"
         )
-    if grad.shape != param.shape:
-        raise RuntimeError(
+    elif grad.device.type == "meta":
+        problem = (
+            f"{who} cannot step a parameter on the meta device: give it memory first, with "
+            "module.to_empty(device=...)"
+        )
+    elif grad.device != param.device:
+        problem = (
+            f"Expected all tensors to be on the same device, but the gradient is on {grad.device}: "
+            "clear it with zero_grad() after moving the parameter"
+        )
+    elif grad.shape != param.shape:
+        problem = (
             f"The size of the gradient {tuple(grad.shape)} must match the size of the parameter: "
-            f"clear it with zero_grad() after resizing the parameter ({where})"
+            "clear it with zero_grad() after resizing the parameter"
         )
-    raise RuntimeError(
-        "unsupported operation: more than one element of the written-to tensor refers to a single "
-        f"memory location: clone() the expanded parameter ({where})"
-    )
+    elif _overlaps_itself(param):
+        problem = (
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location: clone() the expanded parameter"
+        )
+    if problem is not None:
+        raise RuntimeError(f"{problem} ({describe(groups, number, index)})")
+
+
+def _is_numeric(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _overlaps_itself(param: Tensor) -> bool:

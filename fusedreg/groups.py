@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedreg.scalars import whole
+
 NORM_LAYERS = (
     nn.LayerNorm,
     nn.RMSNorm,
@@ -174,7 +176,8 @@ def sparsity(model: nn.Module) -> Sparsity:
     if not named:
         return Sparsity()
     device = named[0][1].device
-    zeros = torch.stack([(param.detach() == 0).sum().to(device) for _, param in named]).tolist()
+    counts = [whole((param.detach() == 0).sum()).to(device) for _, param in named]
+    zeros = torch.stack(counts).tolist()
     return Sparsity(
         (name, Zeros(int(count), param.numel()))
         for (name, param), count in zip(named, zeros, strict=True)

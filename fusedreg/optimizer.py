@@ -35,6 +35,7 @@ class FusedOptimizer(Optimizer):
     _skip_nonfinite: bool = False
     _grad_norm: Tensor | None = None
     _skipped_steps: Tensor | None = None
+    _has_stepped: bool = False
     _kept_by_pickle: ClassVar[tuple[str, ...]] = (
         "_max_grad_norm",
         "_skip_nonfinite",
@@ -116,16 +117,17 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Global L2 norm of the last step's loss gradient, unscaled, before clipping.
 
-        A 0-dim float32 tensor on the device of the first parameter (a norm above 3.4e38 reads inf,
-        while the clip factor is still right). None if the last step did not compute it, which takes
-        `max_grad_norm` (`float("inf")` will do) or `skip_nonfinite`.
+        A 0-dim float32 tensor on the device of the first parameter that had a gradient (a norm
+        above 3.4e38 reads inf, while the clip factor is still right). None if the last step did not
+        compute it, which takes `max_grad_norm` (`float("inf")` will do) or `skip_nonfinite`.
         """
         return self._grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps changed nothing because of `skip_nonfinite` or a GradScaler's found_inf.
+        """How many steps changed nothing because of `skip_nonfinite` or `found_inf`.
 
+        GradScaler sets `found_inf` where fused=True; else it leaves the whole step out by itself.
         A live 0-dim int64 tensor on the device of the first parameter that had a gradient; reading
         its value waits for that device.
         """
@@ -180,6 +182,7 @@ class FusedOptimizer(Optimizer):
             scale, skip = self._scale_and_skip([param for _, params in work for param in params])
             for group, params in work:
                 self._update(group, params, scale, skip)
+            self._has_stepped = True
         elif self._needs_norm():
             self._grad_norm = torch.zeros((), dtype=torch.float32, device=self._home())
         return loss
@@ -191,13 +194,13 @@ class FusedOptimizer(Optimizer):
     def _collect(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """The groups with those of their parameters that have a gradient; raises on bad input."""
         work = []
-        for group in self.param_groups:
+        for which, group in enumerate(self.param_groups):
             self._check_group(group)
             params: dict[Tensor, None] = {}  # each once, also one that was given twice
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:
-                    check_param(group, index)
-                    check_grad(type(self).__name__, group, index)
+                    check_param(self.param_groups, which, index)
+                    check_grad(type(self).__name__, self.param_groups, which, index)
                     params[param] = None
             if params:
                 work.append((group, list(params)))
@@ -231,7 +234,7 @@ class FusedOptimizer(Optimizer):
         torch.distributed.checkpoint makes an optimizer create its state by a step with lr 0 and
         gradients of zeros. Counting it would change the bias correction of every later step.
         """
-        if self.state:
+        if self.state or self._has_stepped:
             return False
         lrs = [number(group["lr"], params[0].device) for group in self.param_groups]
         if any(not isinstance(lr, Tensor) and lr != 0 for lr in lrs):
@@ -249,11 +252,7 @@ class FusedOptimizer(Optimizer):
         for param in params:
             device = param.device
             if device not in settings:
-                settings[device] = {
-                    name: number(value, device)
-                    for name, value in group.items()
-                    if name not in ("params", "param_names")
-                }
+                settings[device] = {name: number(group[name], device) for name in self.defaults}
             state = self.state.get(param, {})
             self.init_state(settings[device], param, state, may_skip=skip is not False)
             reference.update(
@@ -281,7 +280,7 @@ class FusedOptimizer(Optimizer):
         try:
             self._check_group(param_group, read_device=True)
             for index in range(len(param_group["params"])):
-                check_param(param_group, index)
+                check_param(self.param_groups, len(self.param_groups) - 1, index)
         except Exception:
             self.param_groups.pop()
             raise

@@ -66,7 +66,7 @@ def update(
     param: Tensor,
     state: dict[str, Tensor],
     scale: Number,
-    keep: Flag,
+    skip: Flag,
 ) -> None:
     """Step one parameter that has a gradient, in place.
 
@@ -76,7 +76,7 @@ def update(
         param: the parameter; its `.grad` is read and never written.
         state: its state; entries that are missing are created.
         scale: what multiplies the gradient of the loss.
-        keep: True where this step must change nothing.
+        skip: True where this step must change nothing.
     """
     assert param.grad is not None
     lr, l1, weight_decay = settings["lr"], settings["l1"], settings["weight_decay"]
@@ -107,9 +107,9 @@ def update(
     for name, moved in new.items():
         if name not in state:
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        store(as_real(state[name]), moved, keep)
+        store(as_real(state[name]), moved, skip)
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
-    store(as_real(param), w, keep | (lr == 0))
+    store(as_real(param), w, skip | (lr == 0))
 
 
 def _read(rule: Rule, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> State:

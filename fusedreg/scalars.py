@@ -7,6 +7,7 @@ the same arithmetic, so each formula is written once.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -34,7 +35,9 @@ def number(value: Any, device: torch.device) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(number(element, device) for element in value)
     if not isinstance(value, Tensor):
-        return value
+        # A numpy scalar would make numpy booleans, which are not True and False.
+        plain = isinstance(value, int) or not isinstance(value, Real)
+        return value if plain else float(value)
     if on_host(value):
         return value.item()
     if value.is_floating_point():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,11 +52,12 @@ class SGD(FusedOptimizer):
         foreach, fused: accepted as torch accepts them; fused=False always means the reference path.
         differentiable: must be False.
         decoupled_weight_decay: shrink w instead of adding to g. With momentum its fixed point is
-            that of a ridge penalty of weight_decay * (1 - momentum).
+            that of a ridge penalty of weight_decay * (1 - momentum) / (1 - dampening).
         l1: weight of the L1 penalty, >= 0, in the units of the loss per unit of weight.
         l1_mode: what l1 does. "prox": the fixed point minimises loss + l1 * ||w||_1, with exact
-            zeros. "decoupled": shrinks by lr * l1 whatever the gradients are; not an L1 penalty of
-            the loss. "subgradient": what adding the norm to the loss does; no exact zeros.
+            zeros. "decoupled": shrinks by lr * l1, so with momentum the fixed point is that of
+            l1 * (1 - momentum) / (1 - dampening). "subgradient": what adding the norm to the loss
+            does; no exact zeros.
         max_grad_norm: clip the global L2 norm of the loss gradients of all groups to this; None
             computes no norm, float("inf") computes `grad_norm` and clips nothing.
         skip_nonfinite: a step whose gradient norm is inf or NaN changes nothing, and
@@ -130,15 +133,20 @@ class SGD(FusedOptimizer):
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("momentum", group["momentum"], read_device=read_device)
-        if group["dampening"] != group["dampening"]:
-            raise ValueError("Invalid dampening value: nan (expected a number)")
+        dampening = group["dampening"]
+        if not isinstance(dampening, (Real, Tensor)):
+            raise TypeError(f"Invalid dampening value: {dampening!r} (expected a number)")
+        if not isinstance(dampening, Tensor) and math.isnan(dampening):
+            raise ValueError(f"Invalid dampening value: {dampening} (expected a number)")
         if group["nesterov"] and (is_zero(group["momentum"]) or not is_zero(group["dampening"])):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        if _is_thresholded(group) and not group["momentum"] < 1:
-            raise ValueError(
-                f"Invalid momentum value: {group['momentum']} (l1_mode='prox' needs momentum < 1, "
-                "because its threshold is that of a constant gradient, lr * l1 / (1 - momentum))"
-            )
+        if _is_thresholded(group) and not is_zero(group["momentum"]):
+            for name in ("momentum", "dampening"):
+                if not group[name] < 1:
+                    raise ValueError(
+                        f"Invalid {name} value: {group[name]} (l1_mode='prox' needs it below 1, "
+                        "because lr * l1 * (1 - dampening) / (1 - momentum) is its threshold)"
+                    )
 
     def init_state(
         self, group: Settings, param: Tensor, state: dict[str, Tensor], may_skip: bool

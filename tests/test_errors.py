@@ -283,10 +283,10 @@ def test_bad_gradient_is_refused(
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_parameter_without_a_name_is_given_by_its_index(cls: type, path: str) -> None:
-    good = nn.Parameter(torch.ones(2))
+    good, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     good.grad = torch.ones(2)
-    optimizer = cls([good, sparse_grad()], **PATHS[path])
-    with refused(optimizer, RuntimeError, r"parameter 1 of shape \(3, 2\)"):
+    optimizer = cls([{"params": [other]}, {"params": [good, sparse_grad()]}], **PATHS[path])
+    with refused(optimizer, RuntimeError, r"parameter 1 of group 1 of shape \(3, 2\)"):
         optimizer.step()
 
 
@@ -317,3 +317,25 @@ def test_error_in_the_closure_passes_through(cls: type, path: str) -> None:
     optimizer = trained(cls, path)
     with refused(optimizer, KeyError, "mine"):
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", ["momentum", "dampening"])
+def test_prox_needs_momentum_and_dampening_below_one(name: str, path: str) -> None:
+    options = {"momentum": 0.9, name: 1.0}
+    with pytest.raises(ValueError, match=f"Invalid {name} value: 1.0 .*prox"):
+        fusedreg.SGD([nn.Parameter(torch.ones(2))], l1=0.1, **options, **PATHS[path])
+    optimizer = fusedreg.SGD([nn.Parameter(torch.ones(2))], **options, **PATHS[path])
+    optimizer.param_groups[0]["l1"] = 0.1
+    with refused(optimizer, ValueError, f"Invalid {name} value: 1.0"):
+        optimizer.step()
+
+
+def test_dampening_must_be_a_number() -> None:
+    with pytest.raises(TypeError, match="Invalid dampening value: 'a'"):
+        fusedreg.SGD([nn.Parameter(torch.ones(2))], momentum=0.9, dampening="a")
+
+
+@pytest.mark.parametrize("cls", [fusedreg.Adam, fusedreg.AdamW])
+def test_betas_must_be_two(cls: type) -> None:
+    with pytest.raises(ValueError, match="expected two numbers"):
+        cls([nn.Parameter(torch.ones(2))], betas=(0.9, 0.99, 0.9))

@@ -171,6 +171,34 @@ def test_older_files_load(cls: type, path: str) -> None:
     assert_continues(optimizer, resumed)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_absent_state_that_an_older_file_calls_none_is_absent(
+    momentum: float, path: str
+) -> None:
+    optimizers = []
+    for _ in range(2):
+        params = parameters(shapes=SHAPES)
+        optimizers.append(fusedreg.SGD(params, lr=0.1, momentum=momentum, **PATHS[path]))
+    saved = optimizers[0].state_dict()
+    saved["state"] = {index: {"momentum_buffer": None} for index in range(len(SHAPES))}
+    optimizers[0].load_state_dict(saved)
+    assert_continues(*optimizers)
+
+
+def test_scalar_states_that_another_class_narrowed_are_widened() -> None:
+    params = parameters(dtype=torch.bfloat16, shapes=SHAPES)
+    for optimizer in (fusedreg.SGD(params, momentum=0.9, l1=0.1), fusedreg.Adam(params)):
+        run(optimizer, 1)
+        saved = copy.deepcopy(optimizer.state_dict())
+        for state in saved["state"].values():
+            for name in state.keys() & set(optimizer.scalar_states):
+                state[name] = state[name].to(torch.bfloat16)
+        before = {name: value.dtype for name, value in optimizer.state[params[-1]].items()}
+        optimizer.load_state_dict(saved)
+        after = {name: value.dtype for name, value in optimizer.state[params[-1]].items()}
+        assert after == before
+
+
 # ---- what loading must not do ------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -573,3 +574,59 @@ def test_a_compiled_train_step_equals_the_eager_one(path: str) -> None:
             compiled(x)
         ends.append(snapshot(optimizer))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("cls", [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW])
+def test_numpy_scalars_are_numbers(cls: type, path: str) -> None:
+    ends = []
+    for kind in (float, np.float64):
+        param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = cls([param], lr=kind(0.1), l1=kind(0.01), weight_decay=kind(0.1), **PATHS[path])
+        for lr in (0.1, 0.0):
+            optimizer.param_groups[0]["lr"] = kind(lr)
+            param.grad = torch.tensor([1.0, math.inf if lr == 0 else 1.0])
+            optimizer.step()
+        ends.append(frozen(param))
+        assert param.isfinite().all()
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("cls", [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW])
+def test_keys_that_a_user_adds_to_a_group_are_left_alone(cls: type, path: str) -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    mask = torch.ones(2)
+    optimizer = cls([{"params": [param], "mask": mask}], **PATHS[path])
+    optimizer.step()
+    assert optimizer.param_groups[0]["mask"] is mask
+    assert (param < 1).all()
+
+
+@pytest.mark.parametrize("cls", [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW])
+def test_parameters_of_lazy_modules_are_taken(cls: type, path: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that lazy modules are new
+        layer = torch.nn.LazyLinear(3)
+    optimizer = cls(layer.parameters(), lr=0.1, l1=0.01, **PATHS[path])
+    layer(torch.ones(2, 4)).sum().backward()
+    before = frozen(list(layer.parameters()))
+    optimizer.step()
+    assert frozen(list(layer.parameters())) != before
+
+
+@pytest.mark.parametrize("path", ["device"], indirect=True)
+def test_a_stateless_optimizer_looks_for_gradients_of_zeros_once(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That look costs a norm, and is there for the step that only creates state."""
+    calls = []
+    norm = fusedreg.optimizer.global_norm
+    monkeypatch.setattr(
+        fusedreg.optimizer, "global_norm", lambda *args: (calls.append(1), norm(*args))[1]
+    )
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = fusedreg.SGD([param], lr=torch.tensor(0.1), **PATHS[path])
+    for _ in range(3):
+        param.grad = torch.ones(2)
+        optimizer.step()
+    assert len(calls) == 1

@@ -311,3 +311,11 @@ def test_t16_fused_sgd_updates_every_element(
     assert torch.equal(param, torch.full((100,), 0.5, dtype=dtype))
     if momentum:
         assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.ones(100, dtype=dtype))
+
+
+def test_sparsity_counts_dtensors(mesh: DeviceMesh) -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 1.0, 0.0], [2.0, 3.0, 4.0]]))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+    assert fusedreg.sparsity(layer)["weight"] == (2, 6)

@@ -1,9 +1,16 @@
 """What an installed wheel must do: `make wheel` runs this outside the repository and pytest."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import fusedreg.kernels
 import torch
 
 import fusedreg
+
+if Path(__file__).parent.parent in Path(fusedreg.__file__).parents[1:2]:
+    raise SystemExit(f"this is the repository, not the wheel: {fusedreg.__file__}")
 
 for cls in (fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW):
     w = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
@@ -12,4 +19,12 @@ for cls in (fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW):
     optimizer.step()
     if not (0 < w[0] < 1 and w[1] == 0):
         raise SystemExit(f"{cls.__name__} gave {w.tolist()}")
+
+# Without its extra the demo says so.
+demo = subprocess.run(
+    [sys.executable, "-m", "fusedreg", "demo"], capture_output=True, text=True, check=False
+)
+if demo.returncode != 2 or "pip install 'fusedreg[demo]'" not in demo.stderr:
+    raise SystemExit(f"fusedreg demo: exit {demo.returncode}, {demo.stderr}")
+
 print(f"fusedreg {fusedreg.__version__} from a wheel, torch {torch.__version__}")

@@ -28,9 +28,9 @@ wheel: $(READY)  ## build the wheel, install it alone, use it from another direc
 	$(BIN)/python -m build --wheel
 	$(PYTHON) -m venv .venv-wheel
 	$(WHEEL_PYTHON) -m pip install -q -c constraints.txt dist/*.whl
-	cd / && $(CURDIR)/$(WHEEL_PYTHON) $(CURDIR)/tests/smoke.py
+	cd / && $(CURDIR)/$(WHEEL_PYTHON) $(CURDIR)/.ci/smoke.py
 	$(WHEEL_PYTHON) -m pip uninstall -q -y triton
-	cd / && $(CURDIR)/$(WHEEL_PYTHON) $(CURDIR)/tests/smoke.py
+	cd / && $(CURDIR)/$(WHEEL_PYTHON) $(CURDIR)/.ci/smoke.py
 
 clean:
 	rm -rf .venv .venv-wheel build dist *.egg-info

@@ -281,7 +281,7 @@ class FusedOptimizer(Optimizer):
             self._check_group(param_group, read_device=True)
             for index in range(len(param_group["params"])):
                 check_param(self.param_groups, len(self.param_groups) - 1, index)
-        except Exception:
+        except Exception:  # whatever it was, the group must not stay
             self.param_groups.pop()
             raise
 

@@ -94,6 +94,12 @@ CASES = [
     if not (cls is fusedreg.AdamW and penalty == "decoupled_decay")
 ]
 TORCH_CASES = [case for case in CASES if case.torch_kwargs is not None]
+# Where the formula does not matter: one case of each class, with all it has.
+SOME = [
+    case
+    for case in CASES
+    if case.penalty == "elastic_net" and case.rule in ("sgd_nesterov", "adam_amsgrad", "adamw")
+]
 
 
 def by_id(cases: list[Case]) -> dict[str, Any]:

@@ -97,3 +97,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def results(optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Parameters and state, bit by bit."""
+    seen = snapshot(optimizer)
+    return seen["params"], seen["state"]
+
+
+def torchs_state(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The state without the momentum mass, which also exists where a first step may be skipped."""
+    states = [optimizer.state.get(param, {}) for param in parameters_of(optimizer)]
+    return [frozen({n: s for n, s in each.items() if n != "momentum_mass"}) for each in states]

@@ -62,7 +62,7 @@ class FusedOptimizer(Optimizer):
         self._check_group(defaults, read_device=True)
         super().__init__(params, defaults)
 
-    # ---- the contract of a subclass ------------------------------------------------------------
+    # ---- the contract: a subclass overrides all four ---------------------------------------------
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Raise ValueError where a hyper-parameter of this class is out of range."""
@@ -189,7 +189,7 @@ class FusedOptimizer(Optimizer):
 
     # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
     # name tells them that `step` reports by itself, through `_opt_called`.
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a mark on a function
 
     def _collect(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """The groups with those of their parameters that have a gradient; raises on bad input."""

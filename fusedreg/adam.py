@@ -60,10 +60,12 @@ class Adam(FusedOptimizer):
             computes no norm, float("inf") computes `grad_norm` and clips nothing.
         skip_nonfinite: a step whose gradient norm is inf or NaN changes nothing, and
             `skipped_steps` counts it.
+        state_dtype: dtype of the moments, e.g. torch.float32 for bfloat16 parameters; None is
+            torch's, the parameter's own. A checkpoint does not change it.
 
     State: `step` (0-dim float32, float64 if that is the default dtype), `exp_avg` m, `exp_avg_sq`
-    v, and `max_exp_avg_sq` x if amsgrad; shape and dtype of the parameter, so 8 (12) bytes per
-    float32 parameter.
+    v, and `max_exp_avg_sq` x if amsgrad; shape of the parameter, dtype `state_dtype` or the
+    parameter's, so 8 (12) bytes per float32 parameter.
 
     Raises:
         ValueError: an option is negative, NaN, out of range or unknown; l1 > 0 for a complex
@@ -90,6 +92,7 @@ class Adam(FusedOptimizer):
 
     tensor_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     scalar_states = ("step",)
+    device_options = ("betas", "eps")
 
     def __init__(
         self,
@@ -110,6 +113,7 @@ class Adam(FusedOptimizer):
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         _check_tensors(lr, betas, foreach_only=bool(foreach) and not capturable)
         defaults = {
@@ -126,6 +130,7 @@ class Adam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "l1": l1,
             "l1_mode": l1_mode,
+            "state_dtype": state_dtype,
         }
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite
@@ -139,19 +144,22 @@ class Adam(FusedOptimizer):
         for index, beta in enumerate(group["betas"]):
             check_number(f"betas[{index}]", beta, below=1.0, read_device=read_device)
 
-    def init_state(
-        self, group: Settings, param: Tensor, state: dict[str, Tensor], may_skip: bool
-    ) -> None:
+    def states(self, group: Settings) -> tuple[str, ...]:
+        """Both moments, and the largest second one under amsgrad."""
+        return self.tensor_states if group["amsgrad"] else self.tensor_states[:2]
+
+    def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create what is missing, also `max_exp_avg_sq` where amsgrad was turned on later."""
         if "step" not in state:
             # float32 is torch's; on the parameter's device nobody has to wait for it.
             wide = torch.get_default_dtype() == torch.float64 and param.device.type == "cpu"
             dtype = torch.float64 if wide else torch.float32
             state["step"] = torch.zeros((), dtype=dtype, device=param.device)
-        names = self.tensor_states if group["amsgrad"] else self.tensor_states[:2]
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        super().init_state(group, param, state)
+
+    def device_rule(self, group: Settings) -> str:
+        """Name of this rule in `fusedreg.kernels.rules`."""
+        return "adam_amsgrad" if group["amsgrad"] else "adam"
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
         """The update rule; see the class docstring and the base class."""
@@ -207,8 +215,9 @@ class AdamW(Adam):
         params, lr, betas, eps, amsgrad: as in :class:`Adam`, like all that follow.
         weight_decay: >= 0; w loses the fraction lr * weight_decay in a step.
         maximize, foreach, capturable, differentiable, fused: as in :class:`Adam`.
-        l1, l1_mode, max_grad_norm, skip_nonfinite: as in :class:`Adam`. With `l1_mode="prox"` and a
-            decay the fixed point is not scikit-learn's elastic net (Adam's coupled decay has that).
+        l1, l1_mode, max_grad_norm, skip_nonfinite, state_dtype: as in :class:`Adam`. With
+            `l1_mode="prox"` and a decay the fixed point is not scikit-learn's elastic net (Adam's
+            coupled decay has that).
 
     State and errors: as in :class:`Adam`.
 
@@ -243,6 +252,7 @@ class AdamW(Adam):
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -261,6 +271,7 @@ class AdamW(Adam):
             l1_mode=l1_mode,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            state_dtype=state_dtype,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.optim.optimizer import StateDict
 
 from fusedreg.scalars import wide_dtype
 
-EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
+EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 """Group options that say how to run here; a file from another machine must not change them."""
 
 
@@ -46,7 +46,7 @@ def restore_state(
 
     State that belongs to no parameter is kept as it is, as torch does.
     """
-    params = [param for group in groups for param in group["params"]]
+    params = [(param, group["state_dtype"]) for group in groups for param in group["params"]]
     saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
     by_id = dict(zip(saved_ids, params, strict=True))
     state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -54,9 +54,9 @@ def restore_state(
         if key not in by_id:
             state[key] = deepcopy(saved)
             continue
-        param = by_id[key]
+        param, state_dtype = by_id[key]
         restored = {
-            name: _restore(key, name, value, param, name in scalar_states)
+            name: _restore(key, name, value, param, name in scalar_states, state_dtype)
             for name, value in saved.items()
             if value is not None  # an older torch.optim.SGD wrote momentum_buffer=None
         }
@@ -65,7 +65,9 @@ def restore_state(
     return state
 
 
-def _restore(key: Any, name: str, value: Any, param: Tensor, scalar: bool) -> Any:
+def _restore(
+    key: Any, name: str, value: Any, param: Tensor, scalar: bool, state_dtype: torch.dtype | None
+) -> Any:
     if scalar:
         # A number in a file older than torch 1.12, or narrowed by a class that did not know it: a
         # bfloat16 count would stand still at 256.
@@ -86,5 +88,7 @@ def _restore(key: Any, name: str, value: Any, param: Tensor, scalar: bool) -> An
     # narrower would lose bits in every step: keep the wider of the two. Counters and masks stay.
     dtype = value.dtype
     if value.is_floating_point() or value.is_complex():
-        dtype = torch.promote_types(value.dtype, param.dtype)
+        dtype = state_dtype or torch.promote_types(value.dtype, param.dtype)
+        if value.is_complex() and not dtype.is_complex:
+            dtype = dtype.to_complex()
     return value.detach().to(param.device, dtype, copy=True)

@@ -13,6 +13,8 @@ from fusedreg.scalars import on_host
 
 L1_MODES = ("prox", "decoupled", "subgradient")
 
+STATE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 LABELS = {
     "lr": "learning rate",
     "eps": "epsilon value",
@@ -54,6 +56,12 @@ def check_flags(group: dict[str, Any]) -> None:
             "differentiable=True is not supported: a fused step has no autograd graph. "
             "Use the class of the same name in torch.optim to differentiate through a step."
         )
+
+
+def check_state_dtype(dtype: object) -> None:
+    """Raise unless the moments can be stored in `dtype`."""
+    if not (dtype is None or dtype in STATE_DTYPES):
+        raise ValueError(f"Invalid state_dtype value: {dtype!r} (expected one of {STATE_DTYPES})")
 
 
 def describe(groups: list[dict[str, Any]], number: int, index: int) -> str:

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
+from types import ModuleType
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from fusedreg import checkpoint, reference
-from fusedreg.checks import L1_MODES, check_flags, check_grad, check_number, check_param
+from fusedreg import backend, checkpoint, reference
+from fusedreg.checks import (
+    L1_MODES,
+    check_flags,
+    check_grad,
+    check_number,
+    check_param,
+    check_state_dtype,
+)
+from fusedreg.engine import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.norms import clip_factor, global_norm
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Flag, Number, number
+
+Work = list[tuple[dict[str, Any], list[Tensor]]]
+"""Groups, each with those of its parameters that are stepped."""
 
 
 class FusedOptimizer(Optimizer):
     """Base class: clipping, penalties, loss scaling, skipping and checkpoints around one rule.
 
-    A subclass supplies its signature and docstring, `tensor_states` and `scalar_states`,
-    `check_group`, `init_state`, `direction` and `gain`. See docs/semantics.md for the order of a
-    step, and :class:`fusedreg.SGD` for the shortest example.
+    A subclass supplies its signature and docstring, the names below, `check_group`, `states`,
+    `init_state`, `device_rule`, `direction` and `gain`. See docs/semantics.md for the order of a
+    step, docs/engine.md for how a device runs it, and :class:`fusedreg.SGD` for the shortest
+    example.
     """
 
     tensor_states: tuple[str, ...]
     """Names of the states shaped like the parameter."""
     scalar_states: tuple[str, ...]
     """Names of the 0-dim states."""
+    device_options: tuple[str, ...]
+    """Names of the options that the device rule takes, in its order; a pair counts as two."""
 
     # What belongs to the optimizer and not to a param group. Class attributes, so that an optimizer
     # pickled by an older version has them too.
@@ -36,6 +51,10 @@ class FusedOptimizer(Optimizer):
     _grad_norm: Tensor | None = None
     _skipped_steps: Tensor | None = None
     _has_stepped: bool = False
+    _launches: int = 0
+    # Addresses are of this process and these tensors: a copy makes its own plan.
+    _plan: Plan | None = None
+    _captured: tuple[Plan, ...] = ()
     _kept_by_pickle: ClassVar[tuple[str, ...]] = (
         "_max_grad_norm",
         "_skip_nonfinite",
@@ -62,16 +81,29 @@ class FusedOptimizer(Optimizer):
         self._check_group(defaults, read_device=True)
         super().__init__(params, defaults)
 
-    # ---- the contract: a subclass overrides all four ---------------------------------------------
+    # ---- the contract: a subclass overrides all, and extends init_state -------------------------
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Raise ValueError where a hyper-parameter of this class is out of range."""
         raise NotImplementedError
 
-    def init_state(
-        self, group: Settings, param: Tensor, state: dict[str, Tensor], may_skip: bool
-    ) -> None:
-        """Create what `state` lacks for the next step of `param`."""
+    def states(self, group: Settings) -> tuple[str, ...]:
+        """Those of `tensor_states` that a step of this group moves, in their order."""
+        raise NotImplementedError
+
+    def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Create what `state` lacks for the next step of `param`: here zeros for `states`."""
+        dtype = group["state_dtype"]
+        if dtype is not None and param.is_complex():
+            dtype = dtype.to_complex()
+        for name in self.states(group):
+            if name not in state:
+                state[name] = torch.zeros_like(
+                    param, dtype=dtype, memory_format=torch.preserve_format
+                )
+
+    def device_rule(self, group: Settings) -> str:
+        """Name of this rule in `fusedreg.kernels.rules`."""
         raise NotImplementedError
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
@@ -135,6 +167,25 @@ class FusedOptimizer(Optimizer):
             self._skipped_steps = torch.zeros((), dtype=torch.int64, device=self._home())
         return self._skipped_steps
 
+    @property
+    def backend(self) -> str:
+        """What steps the parameters: "triton", "reference", or "triton and reference".
+
+        Kernels step a floating-point parameter on a GPU that fills its memory without gaps, unless
+        its group says fused=False or triton is missing. All others take the reference path.
+        """
+        found = {
+            "reference" if self._kernels_for(group, param) is None else "triton"
+            for group in self.param_groups
+            for param in group["params"]
+        }
+        return " and ".join(sorted(found, reverse=True)) or "reference"
+
+    @property
+    def launches(self) -> int:
+        """How many kernels the last step launched on all devices; 0 on the reference path."""
+        return self._launches
+
     def _home(self) -> torch.device:
         """Device of the first parameter; a group, even the first, may be empty."""
         params = (param for group in self.param_groups for param in group["params"])
@@ -176,29 +227,123 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._collect()
+        first = not (self.state or self._has_stepped)
+        plan, rest = self._gather()
         self._grad_norm = None
-        if work:
-            scale, skip = self._scale_and_skip([param for _, params in work for param in params])
-            for group, params in work:
+        self._launches = 0
+        if plan is None and not rest:
+            if self._needs_norm():
+                self._grad_norm = torch.zeros((), dtype=torch.float32, device=self._home())
+            return loss
+        frozen = first and self._only_creates_state()
+        device = None if plan is None else plan.device
+        if plan is not None and device is not None and not rest and frozen is False:
+            self._run_plan(plan, device)
+        else:
+            scale, skip = self._scale_and_skip(plan, rest)
+            skip = skip | frozen
+            if plan is not None:
+                plan.run(scale=scale, skip=skip)
+            for group, params in rest:
                 self._update(group, params, scale, skip)
-            self._has_stepped = True
-        elif self._needs_norm():
-            self._grad_norm = torch.zeros((), dtype=torch.float32, device=self._home())
+        if plan is not None:
+            self._launches = plan.take_launches()
+        self._has_stepped = True
         return loss
 
     # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
     # name tells them that `step` reports by itself, through `_opt_called`.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a mark on a function
 
-    def _collect(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    def _gather(self) -> tuple[Plan | None, Work]:
+        """The plan of what kernels step, and the rest; all checked, their state created.
+
+        Where it raises, nothing has changed but that state may have been created, of zeros.
+        """
+        plan = self._plan
+        if plan is None or not plan.refresh(self.param_groups, self.state):
+            plan, rest = self._make_plan()
+            return (plan if plan is not None and plan.has_grads else None), rest
+        if plan.capturing() and plan not in self._captured:
+            self._captured += (plan,)  # a graph reads its tables as long as it lives
+        rest = self._collect(without=plan.chosen) if plan.rest else []
+        self._init_states(rest)
+        return (plan if plan.has_grads else None), rest
+
+    def _make_plan(self) -> tuple[Plan | None, Work]:
+        """Sort the parameters into those that kernels step and the rest, creating their state."""
+        work = self._collect()
+        old = self._plan
+        known = {} if old is None else dict(zip(old.chosen, old.grad_dtypes, strict=True))
+        # A parameter stays in the plan while it has no gradient, so that experts may come and go.
+        candidates = {
+            param: index
+            for index, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if (param.grad is not None or param in self.state or param in known)
+            and self._kernels_for(group, param) is not None
+        }
+        if len({param for _, params in work for param in params}) < sum(len(p) for _, p in work):
+            raise ValueError("some parameters appear in more than one parameter group")
+        if any(is_capturing(device) for device in {param.device for param in candidates}):
+            raise RuntimeError(NOT_BEFORE_CAPTURE)
+        self._init_states(work)
+        chosen = {
+            param: index
+            for param, index in candidates.items()
+            if self._states_are_walkable(self.param_groups[index], param)
+        }
+        rest = [(group, [p for p in params if p not in chosen]) for group, params in work]
+        rest = [(group, params) for group, params in rest if params]
+        self._plan = None
+        launch = backend.kernels() if chosen else None
+        if launch is not None:
+            others = {param for _, params in rest for param in params}
+            self._plan = Plan(self, launch, self.param_groups, chosen, others, self.state, known)
+        return self._plan, rest
+
+    def _kernels_for(self, group: Settings, param: Tensor) -> ModuleType | None:
+        """The kernels that step `param`, None for the reference path."""
+        launch = backend.device_kernels(param.device, group["fused"])
+        grad = param.grad
+        if launch is None or not backend.is_walkable(param):
+            return None
+        fits = grad is None or (backend.is_plain(grad) and backend.is_sharded_alike(param, grad))
+        return launch if fits else None
+
+    def _states_are_walkable(self, group: Settings, param: Tensor) -> bool:
+        """Whether kernels can walk the state along with `param`, which is laid out for that."""
+        state = self.state.get(param, {})
+        names = self.states(group)
+        if any(name not in state for name in names):
+            return False  # no gradient yet
+        moments = {name: state[name] for name in names}
+        counts = [state[name] for name in self.scalar_states if name in state]
+        for name, moment in moments.items():
+            if moment.shape != param.shape or moment.device != param.device:
+                return False
+            if not backend.is_walkable(moment):
+                return False
+            if not backend.is_sharded_alike(param, moment):
+                return False
+            if not backend.same_layout(backend.local(param), backend.local(moment)):
+                state[name] = torch.empty_like(param, dtype=moment.dtype).copy_(moment)
+        return (
+            len({moment.dtype for moment in moments.values()}) <= 1
+            and len({count.dtype for count in counts}) <= 1
+            and all(
+                count.device == param.device and count.dtype in backend.DTYPES for count in counts
+            )
+        )
+
+    def _collect(self, without: Container[Tensor] = ()) -> Work:
         """The groups with those of their parameters that have a gradient; raises on bad input."""
         work = []
         for which, group in enumerate(self.param_groups):
             self._check_group(group)
             params: dict[Tensor, None] = {}  # each once, also one that was given twice
             for index, param in enumerate(group["params"]):
-                if param.grad is not None:
+                if param.grad is not None and param not in without:
                     check_param(self.param_groups, which, index)
                     check_grad(type(self).__name__, self.param_groups, which, index)
                     params[param] = None
@@ -206,19 +351,62 @@ class FusedOptimizer(Optimizer):
                 work.append((group, list(params)))
         return work
 
+    def _init_states(self, work: Work) -> None:
+        for group, params in work:
+            for device, settings in self._settings(group, params).items():
+                for param in params:
+                    if param.device == device:
+                        state = self.state.get(param, {})
+                        self.init_state(settings, param, state)
+                        if state:
+                            self.state[param] = state
+
+    def _settings(
+        self, group: dict[str, Any], params: Iterable[Tensor]
+    ) -> dict[torch.device, Settings]:
+        """The numbers of a group on every device of its parameters."""
+        return {
+            device: {name: number(group[name], device) for name in self.defaults}
+            for device in {param.device: None for param in params}
+        }
+
     def _needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
-    def _scale_and_skip(self, params: list[Tensor]) -> tuple[Number, Flag]:
+    def _run_plan(self, plan: Plan, device: torch.device) -> None:
+        """Step where kernels on one device do everything, the norm too."""
+        found_inf = getattr(self, "found_inf", None)
+        skipped = grad_norm = None
+        if found_inf is not None or self.skip_nonfinite:
+            if self._skipped_steps is None and plan.capturing():
+                raise RuntimeError(NOT_BEFORE_CAPTURE)  # each replay would set it to 0
+            if self._skipped_steps is None:
+                self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+            skipped = self._skipped_steps = self._skipped_steps.to(device)
+        if self._needs_norm():
+            grad_norm = torch.empty((), dtype=torch.float32, device=device)
+        plan.run(
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=found_inf,
+            max_norm=self.max_grad_norm,
+            skip_nonfinite=self.skip_nonfinite,
+            grad_norm=grad_norm,
+            skipped=skipped,
+        )
+        self._grad_norm = grad_norm
+
+    def _scale_and_skip(self, plan: Plan | None, rest: Work) -> tuple[Number, Flag]:
         """What multiplies every gradient of this step, and whether the step is skipped."""
-        device = params[0].device
+        device = plan.params[0].device if plan is not None else rest[0][1][0].device
         loss_scale = number(getattr(self, "grad_scale", None), device)
         found_inf = number(getattr(self, "found_inf", None), device)
         scale: Number = 1.0 if loss_scale is None else 1.0 / loss_scale
         # GradScaler sums found_inf over devices, so it may be 2.
         skip: Flag = False if found_inf is None else found_inf != 0
         if self._needs_norm():
-            norm = _grad_norm(params) * scale
+            grads = _grads(param for _, params in rest for param in params)
+            grads += [] if plan is None else plan.norms()
+            norm = global_norm(grads, device) * scale
             self._grad_norm = norm.to(torch.float32)
             if self.skip_nonfinite:
                 skip = skip | number(~torch.isfinite(norm), device)
@@ -226,20 +414,20 @@ class FusedOptimizer(Optimizer):
                 scale = scale * number(clip_factor(norm, self.max_grad_norm), device)
         if skip is not False:
             self._skipped_steps = self.skipped_steps.to(device).add_(skip)
-        return scale, skip | self._only_creates_state(params)
+        return scale, skip
 
-    def _only_creates_state(self, params: list[Tensor]) -> Flag:
+    def _only_creates_state(self) -> Flag:
         """Whether this first step is there to create state, and must not count as one.
 
         torch.distributed.checkpoint makes an optimizer create its state by a step with lr 0 and
         gradients of zeros. Counting it would change the bias correction of every later step.
         """
-        if self.state or self._has_stepped:
-            return False
-        lrs = [number(group["lr"], params[0].device) for group in self.param_groups]
+        device = self._home()
+        lrs = [number(group["lr"], device) for group in self.param_groups]
         if any(not isinstance(lr, Tensor) and lr != 0 for lr in lrs):
             return False
-        only: Flag = number(_grad_norm(params), params[0].device) == 0
+        params = (param for group in self.param_groups for param in group["params"])
+        only: Flag = number(global_norm(_grads(params), device), device) == 0
         for lr in lrs:
             only = only & (lr == 0)
         return only
@@ -247,19 +435,14 @@ class FusedOptimizer(Optimizer):
     def _update(
         self, group: dict[str, Any], params: list[Tensor], scale: Number, skip: Flag
     ) -> None:
-        """Step the parameters of one group."""
-        settings: dict[torch.device, Settings] = {}
+        """Step the parameters of one group on the reference path."""
+        settings = self._settings(group, params)
         for param in params:
             device = param.device
-            if device not in settings:
-                settings[device] = {name: number(group[name], device) for name in self.defaults}
             state = self.state.get(param, {})
-            self.init_state(settings[device], param, state, may_skip=skip is not False)
             reference.update(
                 self, settings[device], param, state, number(scale, device), number(skip, device)
             )
-            if state:
-                self.state[param] = state
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
@@ -272,6 +455,7 @@ class FusedOptimizer(Optimizer):
             raise ValueError(
                 f"Invalid l1_mode value: {group['l1_mode']!r} (expected one of {L1_MODES})"
             )
+        check_state_dtype(group["state_dtype"])
         self.check_group(group, read_device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -316,11 +500,11 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._plan = None
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
 
-def _grad_norm(params: list[Tensor]) -> Tensor:
-    grads = (param.grad for param in params if param.grad is not None)
-    return global_norm(grads, params[0].device)
+def _grads(params: Iterable[Tensor]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]

@@ -74,7 +74,7 @@ def update(
         rule: the optimizer.
         settings: the numbers of its param group.
         param: the parameter; its `.grad` is read and never written.
-        state: its state; entries that are missing are created.
+        state: its state, complete.
         scale: what multiplies the gradient of the loss.
         skip: True where this step must change nothing.
     """
@@ -105,8 +105,6 @@ def update(
         w = soft_threshold(w, lr * l1)
 
     for name, moved in new.items():
-        if name not in state:
-            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
         store(as_real(state[name]), moved, skip)
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
     store(as_real(param), w, skip | (lr == 0))

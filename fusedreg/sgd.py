@@ -62,10 +62,12 @@ class SGD(FusedOptimizer):
             computes no norm, float("inf") computes `grad_norm` and clips nothing.
         skip_nonfinite: a step whose gradient norm is inf or NaN changes nothing, and
             `skipped_steps` counts it.
+        state_dtype: dtype of `momentum_buffer`, e.g. torch.float32 for bfloat16 parameters; None is
+            torch's, the parameter's own. A checkpoint does not change it.
 
-    State: `momentum_buffer` (shape and dtype of the parameter) where momentum > 0, so 4 bytes per
-    float32 parameter, else none. `momentum_mass` (0-dim float64), which is c above, only where
-    l1_mode == "prox" with l1 > 0 needs it, or a first step with dampening that may be skipped.
+    State: `momentum_buffer` (shape of the parameter, dtype `state_dtype` or the parameter's) where
+    momentum > 0, so 4 bytes per float32 parameter, else none. `momentum_mass` (0-dim float64),
+    which is c above, only where dampening, or l1_mode == "prox" with l1 > 0, needs it.
 
     Raises:
         ValueError: an option is negative, NaN or unknown; l1 > 0 for a complex parameter.
@@ -92,6 +94,7 @@ class SGD(FusedOptimizer):
 
     tensor_states = ("momentum_buffer",)
     scalar_states = ("momentum_mass",)
+    device_options = ("momentum", "dampening")
 
     def __init__(
         self,
@@ -111,6 +114,7 @@ class SGD(FusedOptimizer):
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -125,6 +129,7 @@ class SGD(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "l1": l1,
             "l1_mode": l1_mode,
+            "state_dtype": state_dtype,
         }
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite
@@ -148,17 +153,19 @@ class SGD(FusedOptimizer):
                         "because lr * l1 * (1 - dampening) / (1 - momentum) is its threshold)"
                     )
 
-    def init_state(
-        self, group: Settings, param: Tensor, state: dict[str, Tensor], may_skip: bool
-    ) -> None:
-        """Create the momentum mass where it is needed; the buffer is made by the first step."""
+    def states(self, group: Settings) -> tuple[str, ...]:
+        """The buffer where there is momentum."""
+        return () if is_zero(group["momentum"]) else self.tensor_states
+
+    def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Create the buffer, and the momentum mass where it is needed."""
         momentum, dampening = group["momentum"], group["dampening"]
+        fresh = "momentum_buffer" not in state
+        super().init_state(group, param, state)
         if is_zero(momentum) or "momentum_mass" in state:
             return
-        fresh = "momentum_buffer" not in state
-        # The first gradient enters the buffer undamped. If this first step may be skipped on the
-        # device, only the mass can tell the next step that it is still the first.
-        if _is_thresholded(group) or (fresh and may_skip and not is_zero(dampening)):
+        # The first gradient enters the buffer undamped; only the mass tells which is the first.
+        if _is_thresholded(group) or (fresh and not is_zero(dampening)):
             mass = torch.zeros((), dtype=wide_dtype(param.device), device=param.device)
             if not fresh:
                 # The buffer was made before l1 was turned on: take it as warmed up, unless it is
@@ -167,27 +174,26 @@ class SGD(FusedOptimizer):
                 mass = torch.where(warm, mass + (1 - dampening) / (1 - momentum), mass)
             state["momentum_mass"] = mass
 
+    def device_rule(self, group: Settings) -> str:
+        """Name of this rule in `fusedreg.kernels.rules`."""
+        if is_zero(group["momentum"]):
+            return "sgd"
+        return "sgd_nesterov" if group["nesterov"] else "sgd_momentum"
+
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
         """The update rule; see the class docstring and the base class."""
         momentum, dampening = settings["momentum"], settings["dampening"]
         if is_zero(momentum):
             return grad, {}
-        buffer, mass = state.get("momentum_buffer"), state.get("momentum_mass")
         new: State = {}
-        if mass is not None:
+        first: Flag = False
+        if "momentum_mass" in state:
+            mass = state["momentum_mass"]
             first = mass == 0
             new["momentum_mass"] = _select(first, 1.0, momentum * mass + (1 - dampening))
-        else:
-            first = False
-        if buffer is None:
-            new["momentum_buffer"] = grad
-        else:
-            new["momentum_buffer"] = _select(
-                first, grad, momentum * buffer + (1 - dampening) * grad
-            )
-        if settings["nesterov"]:
-            return grad + momentum * new["momentum_buffer"], new
-        return new["momentum_buffer"], new
+        damped: Tensor = momentum * state["momentum_buffer"] + (1 - dampening) * grad
+        buffer = new["momentum_buffer"] = _select(first, grad, damped)
+        return (grad + momentum * buffer if settings["nesterov"] else buffer), new
 
     def gain(self, settings: Settings, state: State) -> Number:
         """What the momentum makes of a constant gradient of 1, k in the class docstring."""
@@ -203,7 +209,7 @@ def _is_thresholded(group: Settings) -> bool:
     return group["l1_mode"] == "prox" and not is_zero(group["l1"])
 
 
-def _select(condition: Flag, chosen: Number, otherwise: Number) -> Number:
+def _select(condition: Flag, chosen: Any, otherwise: Any) -> Any:
     """`chosen if condition else otherwise`, also where the condition is on a device."""
     if isinstance(condition, Tensor):
         return torch.where(condition, chosen, otherwise)

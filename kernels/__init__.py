@@ -1,4 +1,4 @@
 """Device code, installed as `fusedreg.kernels`; imports torch and triton, never fusedreg.
 
-There is no device code yet: every optimizer runs on the reference path (`fusedreg/reference.py`).
+Start with rules.py; README.md beside this file says what is where.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,15 +13,19 @@ import fusedreg
 
 from cases import PATHS
 
+if not torch.cuda.is_available():
+    # Without a GPU, fused=True has its kernels interpreted. Triton reads this when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("interpreter")
 torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain nothing from threads
 
 
 @pytest.fixture(params=list(PATHS))
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the optimizer is asked to run; see cases.PATHS."""
-    if request.param == "device":
-        monkeypatch.setattr(fusedreg.scalars, "on_host", lambda value: False)
-        monkeypatch.setattr(fusedreg.checks, "on_host", lambda value: False)
+    if request.param.endswith("device"):
+        for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine):
+            monkeypatch.setattr(module, "on_host", lambda value: False)
     return request.param
 
 

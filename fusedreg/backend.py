@@ -1,0 +1,112 @@
+"""Which path runs a parameter, Triton or the reference; the only importer of `fusedreg.kernels`.
+
+Nothing is imported before a parameter on a GPU is stepped, so a machine without triton pays and
+needs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+FLOOR = (3, 3)
+"""The oldest triton that compiles and interprets the kernels."""
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What kernels load and store."""
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """`fusedreg.kernels.launch`, or None after one warning where triton cannot be used."""
+    needed = f"triton>={FLOOR[0]}.{FLOOR[1]}"
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        problem = f"triton cannot be imported ({error})"
+    else:
+        found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+        if found and tuple(map(int, found.groups())) >= FLOOR:
+            # A missing module of our own is an error, never a silent slow path.
+            return importlib.import_module("fusedreg.kernels.launch")
+        problem = f"triton {triton.__version__} is too old"
+    warnings.warn(
+        f"{problem}, so fusedreg steps GPU parameters on its slow reference path. Install "
+        f"'{needed}', or pass fused=False to choose the reference without this warning.",
+        stacklevel=2,
+    )
+    return None
+
+
+def interpreted() -> bool:
+    """Whether triton interprets kernels on the CPU, as its own tests and ours do."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | None:
+    """The kernels that step parameters of a device, None for the reference.
+
+    A GPU has them unless `fused` is False; a CPU only where triton interprets, with fused=True.
+    """
+    if device.type == "cuda":
+        return None if fused is False else kernels()
+    return kernels() if device.type == "cpu" and fused and interpreted() else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that is here; any other tensor itself. Call it without grad mode."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def is_sharded_alike(param: Tensor, grad: Tensor) -> bool:
+    """Whether the parts of two tensors that are here belong together, element by element."""
+    return getattr(param, "placements", None) == getattr(grad, "placements", None)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is strided memory of a real floating dtype that kernels load.
+
+    Complex tensors and subclasses that dispatch by themselves are not; of a DTensor the local part
+    counts.
+    """
+    if is_lazy(tensor):
+        return False
+    tensor = local(tensor)
+    return (
+        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and tensor.layout is torch.strided
+        and tensor.dtype in DTYPES
+        and not tensor.is_neg()  # lazily negated
+        and not tensor._is_zerotensor()
+    )
+
+
+def is_walkable(tensor: Tensor) -> bool:
+    """Whether `tensor` is plain and without gaps, so that kernels can walk it in storage order."""
+    return is_plain(tensor) and (local(tensor).is_contiguous() or _is_dense(local(tensor)))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one range of memory, each location once."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def same_layout(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape have each element at the same place in memory."""
+    strides = zip(first.shape, first.stride(), second.stride(), strict=True)
+    return first.numel() == 0 or all(size == 1 or one == two for size, one, two in strides)

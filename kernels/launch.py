@@ -1,0 +1,204 @@
+"""Grid and launch options of the three kernels.
+
+With clipping a step is `norms`, `rows` and `step`, without it `rows` and `step`: whatever the
+number of tensors and param groups, as long as their dtypes are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedreg.kernels import penalty
+from fusedreg.kernels.engine import step_kernel
+from fusedreg.kernels.norms import norm_kernel
+from fusedreg.kernels.rows import HEADER as HEADER_WIDTH
+from fusedreg.kernels.rows import OPTIONS as LINE_WIDTH
+from fusedreg.kernels.rows import ROW as ROW_WIDTH
+from fusedreg.kernels.rows import header, line, penalties, rows_kernel
+from fusedreg.kernels.rules import RULES
+from fusedreg.kernels.table import CHUNK, Table, build, constants, send
+
+__all__ = [
+    "DTYPES", "HEADER", "ROW", "build", "constants", "header", "line", "norms", "penalties", "rows",
+    "run", "send", "step",
+]  # fmt: skip
+
+HEADER: int = HEADER_WIDTH.value
+ROW: int = ROW_WIDTH.value
+
+BLOCK = 1024
+"""Elements of one iteration: 8 for each of 128 threads, so two 16-byte accesses of float32.
+
+Half as many in float64, which needs two registers for each number.
+"""
+ROWS_BLOCK = 128
+FOLD_BLOCK = 2048
+LAUNCH_OPTIONS: dict[str, Any] = {
+    "num_warps": 4,
+    # A product and a sum stay two roundings, as in torch.
+    "enable_fp_fusion": False,
+}
+DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+"""Dtypes of parameters, gradients and states that the kernels take."""
+
+
+def block_of(dtype: torch.dtype) -> int:
+    """Elements of one iteration for tensors of a dtype."""
+    return BLOCK // 2 if dtype == torch.float64 else BLOCK
+
+
+def run(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
+    """Launch `kernel` on the current device and stream. Every launch of the package goes here."""
+    kernel[(programs,)](*args, **constexprs, **LAUNCH_OPTIONS)
+
+
+def norms(
+    table: Table, grads: Tensor, partials: Tensor, first: int, grad: torch.dtype, aligned: bool
+) -> None:
+    """Write the norm of every chunk of the gradients.
+
+    Args:
+        table: the tensors, with at least one chunk.
+        grads: int64, (tensors,), addresses of their gradients, 0 where there is none.
+        partials: float64, written from index `first` on, one entry for each chunk.
+        grad: dtype of the gradients.
+        aligned: whether every address is a multiple of 16 bytes.
+    """
+    run(
+        norm_kernel,
+        table.chunks,
+        grads,
+        table.numels,
+        table.first_chunks,
+        table.owners,
+        partials,
+        first,
+        GRAD=DTYPES[grad],
+        ALIGNED=aligned,
+        CHUNK=CHUNK,
+        BLOCK=block_of(grad),
+    )
+
+
+def rows(
+    table: Table,
+    grads: Tensor,
+    numbers: Tensor,
+    out: Tensor,
+    *,
+    rule: str,
+    states: int,
+    counts: int,
+    count: torch.dtype,
+    line: int,
+    partials: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    skipped: Tensor | None = None,
+) -> None:
+    """Write the row of every tensor and advance its counts.
+
+    Args:
+        table, grads: as for `norms`.
+        numbers: float64, the header and a line for each group; see rows.py.
+        out: float64, (tensors, ROW), written.
+        rule: name in `RULES`.
+        states, counts: how many tensor states and counts the table has.
+        count: dtype of the counts.
+        line: numbers of a group.
+        partials: norms of all chunks of this device, of other tables too; None computes no norm.
+        grad_scale, found_inf: one-element tensors on this device, or None.
+        grad_norm, skipped: 0-dim float32 and int64, written where given.
+    """
+    run(
+        rows_kernel,
+        triton.cdiv(table.tensors, ROWS_BLOCK),
+        table.addresses,
+        grads,
+        table.groups,
+        numbers,
+        out,
+        partials,
+        0 if partials is None else partials.numel(),
+        grad_scale,
+        found_inf,
+        grad_norm,
+        skipped,
+        table.tensors,
+        SCALARS=RULES[rule].scalars,
+        COUNT=RULES[rule].width,
+        STATES=states,
+        COUNTS=counts,
+        COUNT_DTYPE=DTYPES[count],
+        OPTION_COUNT=line - LINE_WIDTH.value,
+        BLOCK=ROWS_BLOCK,
+        FOLD=FOLD_BLOCK,
+    )
+
+
+def step(
+    table: Table,
+    grads: Tensor,
+    rows: Tensor,
+    *,
+    rule: str,
+    states: int,
+    subgradient: bool,
+    coupled: bool,
+    decoupled: bool,
+    prox: bool,
+    shrink: bool,
+    scaled: bool,
+    param: torch.dtype,
+    grad: torch.dtype,
+    state: torch.dtype,
+    aligned: bool,
+) -> None:
+    """Step every tensor that has a gradient.
+
+    Args:
+        table, grads, aligned: as for `norms`.
+        rows: what the function of that name wrote.
+        rule, states: as for `rows`.
+        subgradient, coupled, decoupled, prox: which hooks any of the groups needs.
+        shrink: whether the L1 threshold leaves out the gain of each element.
+        scaled: whether clipping or a loss scale may have changed the scale from 1.
+        param, grad, state: dtypes in memory. The arithmetic is float64 where `param` is.
+    """
+    run(
+        step_kernel,
+        table.chunks,
+        table.addresses,
+        grads,
+        table.numels,
+        table.first_chunks,
+        table.owners,
+        rows,
+        table.tensors,
+        RULE=RULES[rule].tile,
+        COUNT=RULES[rule].width,
+        STATES=states,
+        SUBGRADIENT=penalty.l1_subgradient if subgradient else None,
+        COUPLED=penalty.coupled if coupled else None,
+        DECOUPLED=penalty.decoupled if decoupled else None,
+        PROX=(penalty.shrink if shrink else penalty.prox) if prox else None,
+        SCALED=scaled,
+        PARAM=DTYPES[param],
+        GRAD=DTYPES[grad],
+        STATE=DTYPES[state],
+        COMPUTE=tl.float64 if param == torch.float64 else tl.float32,
+        ALIGNED=aligned,
+        CHUNK=CHUNK,
+        BLOCK=block_of(param),
+    )

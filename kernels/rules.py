@@ -1,0 +1,168 @@
+"""The update rules: pure functions on registers, from the penalised gradient to the direction.
+
+A rule is two device functions. `NAME_scalars` runs once per tensor, in float64: it advances what is
+counted (steps, momentum mass) and forms every number that the elements share. `NAME` runs on a tile
+of elements in the dtype of the arithmetic: it advances the moments. Neither sees a pointer, a mask,
+a stored dtype, a learning rate or a penalty; both are inlined into the kernels of engine.py and
+rows.py, so each formula exists once.
+
+    scalars(options, counts) -> (gain, scalars, counts)
+        options  what the class lists in `device_options`, in that order
+        counts   its `scalar_states`; 1 where a parameter has none
+        gain     displacement per unit of a constant gradient, over lr, where elements share it
+    rule(g, states, scalars) -> (direction, gain, states)
+        g        the penalised gradient
+        states   its tensor states in order
+        gain     what is left of the gain for each element; 1 where `scalars` knew all of it
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def divide(a, b):
+    """IEEE division, which `/` is not in float32."""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def square_root(x):
+    """IEEE square root, which `tl.sqrt` is not in float32."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent in float64: within 2 ulp near 1, where 1 - beta**t cancels."""
+    return tl.exp(exponent * tl.log(base))
+
+
+# ---- SGD -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sgd_scalars(options, counts):
+    """Nothing to count."""
+    return 1.0, (), counts
+
+
+@triton.jit
+def sgd(g, states, scalars):
+    """u = g."""
+    return g, 1.0, states
+
+
+@triton.jit
+def sgd_momentum_scalars(options, counts):
+    """c = momentum * c + (1 - dampening): what b makes of a constant gradient of 1."""
+    momentum, dampening = options
+    mass = counts[0]
+    # The first gradient enters the buffer, which holds zeros, undamped.
+    first = mass == 0.0
+    complement = tl.where(first, 1.0, 1.0 - dampening)
+    mass = momentum * mass + complement
+    return mass, (momentum, complement), (mass,)
+
+
+@triton.jit
+def sgd_momentum(g, states, scalars):
+    """b = momentum * b + (1 - dampening) * g and u = b."""
+    momentum, complement = scalars
+    b = momentum * states[0] + complement * g
+    return b, 1.0, (b,)
+
+
+@triton.jit
+def sgd_nesterov_scalars(options, counts):
+    """As sgd_momentum; the gain is 1 + momentum * c."""
+    mass, scalars, counts = sgd_momentum_scalars(options, counts)
+    return 1.0 + options[0] * mass, scalars, counts
+
+
+@triton.jit
+def sgd_nesterov(g, states, scalars):
+    """u = g + momentum * b."""
+    b, gain, states = sgd_momentum(g, states, scalars)
+    return g + scalars[0] * b, gain, states
+
+
+# ---- Adam ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adam_scalars(options, counts):
+    """t = t + 1 and the bias corrections 1 - beta**t."""
+    beta1, beta2, eps = options
+    t = counts[0] + 1.0
+    correction1 = 1.0 - power(beta1, t)
+    correction2 = 1.0 - power(beta2, t)
+    return 1.0, (1.0 - beta1, beta2, 1.0 - beta2, correction1, correction2, eps), (t,)
+
+
+@triton.jit
+def adam_moments(g, m, v, scalars):
+    """m = beta1 * m + (1 - beta1) * g and v = beta2 * v + (1 - beta2) * g**2."""
+    # beta1 * m + (1 - beta1) * g, whose two factors, rounded, would not sum to 1.
+    m = m + scalars[0] * (g - m)
+    # ((1 - beta2) g) g: the square alone overflows sooner.
+    v = scalars[1] * v + scalars[2] * g * g
+    return m, v
+
+
+@triton.jit
+def adam_direction(m, v, scalars):
+    """m_hat / (sqrt(v_hat) + eps), and the gain 1 / (sqrt(v_hat) + eps).
+
+    A coordinate that has never seen a gradient has neither: 0/0 with eps = 0, and a gain of 1/eps
+    would wipe out every unused row of an embedding.
+    """
+    d = square_root(divide(v, scalars[4])) + scalars[5]
+    direction = tl.where(d == 0.0, 0.0, divide(divide(m, scalars[3]), d))
+    gain = tl.where(v == 0.0, 0.0, divide(tl.full(d.shape, 1.0, d.dtype), d))
+    return direction, gain
+
+
+@triton.jit
+def adam(g, states, scalars):
+    """u = m_hat / (sqrt(v_hat) + eps)."""
+    m, v = adam_moments(g, states[0], states[1], scalars)
+    direction, gain = adam_direction(m, v, scalars)
+    return direction, gain, (m, v)
+
+
+@triton.jit
+def adam_amsgrad(g, states, scalars):
+    """The same with the largest v so far in the place of v."""
+    m, v = adam_moments(g, states[0], states[1], scalars)
+    # A NaN must stay one.
+    largest = tl.maximum(states[2], v, propagate_nan=tl.PropagateNan.ALL)
+    direction, gain = adam_direction(m, largest, scalars)
+    return direction, gain, (m, v, largest)
+
+
+class Rule(NamedTuple):
+    """The two device functions of a rule and how many scalars pass from one to the other."""
+
+    scalars: Any
+    tile: Any
+    width: int
+
+
+RULES = {
+    "sgd": Rule(sgd_scalars, sgd, 0),
+    "sgd_momentum": Rule(sgd_momentum_scalars, sgd_momentum, 2),
+    "sgd_nesterov": Rule(sgd_nesterov_scalars, sgd_nesterov, 2),
+    "adam": Rule(adam_scalars, adam, 6),
+    "adam_amsgrad": Rule(adam_scalars, adam_amsgrad, 6),
+}

@@ -1,0 +1,83 @@
+"""What the kernels walk: addresses and the map from chunks to tensors. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 8192
+"""Elements of one program of the step and of the norm."""
+
+
+class Table(NamedTuple):
+    """Tensors that one launch walks, on their device."""
+
+    addresses: Tensor
+    """int64, (1 + tensor states + counts, tensors): parameter, tensor states, counts; 0: absent."""
+    numels: Tensor
+    """int64, (tensors,)."""
+    groups: Tensor
+    """int32, (tensors,): the line of numbers of each tensor."""
+    first_chunks: Tensor
+    """int32, (tensors,)."""
+    owners: Tensor
+    """int32, (chunks,): the tensor of each chunk."""
+    tensors: int
+    chunks: int
+
+
+def build(
+    addresses: Sequence[Sequence[int]],
+    numels: Sequence[int],
+    groups: Sequence[int],
+    device: torch.device,
+) -> Table:
+    """The table of some tensors.
+
+    Args:
+        addresses: one sequence for each slot, with the address of every tensor.
+        numels: elements of every tensor; 0 is fine.
+        groups: index of every tensor's param group.
+        device: where it shall be.
+    """
+    host = torch.device("cpu")  # whatever the default device is
+    sizes = torch.tensor(numels, dtype=torch.int64, device=host)
+    counts = (sizes + (CHUNK - 1)).div(CHUNK, rounding_mode="floor")
+    first_chunks = counts.cumsum(0) - counts
+    owners = torch.repeat_interleave(torch.arange(len(numels), device=host), counts)
+    return Table(
+        addresses=_upload(torch.tensor(addresses, dtype=torch.int64, device=host), device),
+        numels=_upload(sizes, device),
+        groups=_upload(torch.tensor(groups, dtype=torch.int32, device=host), device),
+        first_chunks=_upload(first_chunks.to(torch.int32), device),
+        owners=_upload(owners.to(torch.int32), device),
+        tensors=len(numels),
+        chunks=owners.numel(),
+    )
+
+
+def send(values: Tensor, target: Tensor) -> None:
+    """Copy a CPU tensor into one on a device, without waiting for it."""
+    # The pinned copy may go at once: torch's host allocator reuses it only after the transfer.
+    target.copy_(values if target.device.type == "cpu" else values.pin_memory(), non_blocking=True)
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on `device`."""
+    target = torch.empty_like(values, device=device)
+    send(values, target)
+    return target
+
+
+def constants(values: Sequence[float], device: torch.device) -> Tensor:
+    """A float64 vector on `device`, sent as kernel arguments instead of copied from the host.
+
+    So a captured graph holds the values themselves and replays without any host memory. Addresses
+    are exact too: they are below 2**53.
+    """
+    vector = torch.zeros(len(values), dtype=torch.float64, device=device)
+    torch._foreach_add_(vector.unbind(), list(map(float, values)))
+    return vector

@@ -1,0 +1,53 @@
+"""Triton's interpreter, mended and made faster: import it before kernels run.
+
+- It truncates to bfloat16 where every GPU rounds to nearest even, and takes the bits of a bfloat16
+  for an integer when it converts to float64.
+- It patches the whole language again at every call of a device function, which takes half of its
+  time. Once for each module and launch is enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+FLOATS = {tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64}
+_cast_impl = interpreter.InterpreterBuilder.cast_impl
+_patch_lang = interpreter._patch_lang
+_launch = interpreter.GridExecutor.__call__
+_patched: set[int] = set()
+
+
+def cast_impl(self: Any, source: Any, target: Any) -> Any:
+    """Convert to and from bfloat16 as a GPU does."""
+    old, new = source.dtype.scalar, target.scalar
+    if old == tl.bfloat16 and new in FLOATS:
+        wide = torch.from_numpy(source.data.view("int16")).view(torch.bfloat16).to(FLOATS[new])
+        return interpreter.TensorHandle(wide.numpy(), new)
+    if old in FLOATS and new == tl.bfloat16:
+        narrow = torch.from_numpy(source.data.copy()).to(torch.bfloat16).view(torch.int16)
+        return interpreter.TensorHandle(narrow.numpy().view("uint16"), new)
+    return _cast_impl(self, source, target)
+
+
+def patch_lang(fn: Any) -> Any:
+    """Patch what a function sees of the language, once in a launch."""
+    module = id(fn.__globals__)
+    if module in _patched:
+        return None  # of a device function; only the scope of the kernel itself is used
+    _patched.add(module)
+    return _patch_lang(fn)
+
+
+def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Interpret one launch."""
+    _patched.clear()
+    _launch(self, *args, **kwargs)
+
+
+interpreter.InterpreterBuilder.cast_impl = cast_impl
+interpreter._patch_lang = patch_lang
+interpreter.GridExecutor.__call__ = launch

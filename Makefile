@@ -5,13 +5,28 @@ READY := .venv/.ready
 # The environment of the wheel has nothing but the wheel, so that it finds what the wheel forgot.
 WHEEL_PYTHON := .venv-wheel/bin/python
 
-.PHONY: demo test bench lint types wheel clean
+.PHONY: demo test test-triton bench lint types wheel clean
 
 demo: $(READY)  ## train on real data, compare with scikit-learn and torch.optim, draw the figures
 	$(BIN)/fusedreg demo
 
 test: $(READY)  ## the whole suite with branch coverage
 	$(BIN)/pytest -n 2 --benchmark-disable --cov
+
+# Other tritons than the pinned one: the one before, and the newest.
+TRITONS := 3.6.0 3.9.0
+FUSED := fused and (elastic_net or adamw)
+
+test-triton: $(TRITONS:%=.triton/%)  ## compile and interpret the kernels with other tritons
+	for version in $(TRITONS); do \
+		echo "triton $$version" && PYTHONPATH=$(CURDIR)/.triton/$$version \
+			$(BIN)/pytest -q -n 2 --benchmark-disable tests/test_compile.py || exit 1; \
+		PYTHONPATH=$(CURDIR)/.triton/$$version $(BIN)/pytest -q -n 2 --benchmark-disable \
+			tests/test_oracle.py tests/test_amp.py -k "$(FUSED)" || exit 1; \
+	done
+
+.triton/%: | $(READY)
+	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$*
 
 bench: $(READY)  ## time a step beside torch.optim's
 	$(BIN)/pytest bench --benchmark-only --benchmark-columns=min,median,max --benchmark-sort=name
@@ -33,7 +48,7 @@ wheel: $(READY)  ## build the wheel, install it alone, use it from another direc
 	cd / && $(CURDIR)/$(WHEEL_PYTHON) $(CURDIR)/.ci/smoke.py
 
 clean:
-	rm -rf .venv .venv-wheel build dist *.egg-info
+	rm -rf .venv .venv-wheel .triton build dist *.egg-info
 
 $(READY): pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,207 @@
+"""Launches of real steps, compiled for GPUs that need not be here.
+
+The functions run in a process of their own, made by `worker`, because a process either interprets
+kernels or compiles them. There triton's own launcher does all it does before a launch: it
+specialises the arguments, looks into its caches and compiles. Only the launch itself is left out.
+"""
+
+# A process that compiles says so before it imports triton, so imports stand in the functions.
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+FULL, PARTIAL = 4096, 67
+"""Elements of two tensors, so that kernels have full blocks and partial ones."""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What triton made of one launch."""
+
+    instructions: Counter[str]
+    """Of the PTX or of AMD's assembly, each with how often it stands there."""
+    registers: int
+    stack: int
+    """Bytes of each thread."""
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose whole name matches."""
+        return sum(n for name, n in self.instructions.items() if re.fullmatch(pattern, name))
+
+
+def worker(cache: Path) -> ProcessPoolExecutor:
+    """A process that compiles, with a cache on disk that others may share."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=(cache,))
+
+
+class _Driver:
+    """Stands for the driver of a GPU; triton asks it no more than this before a launch."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS[self.target])
+
+    def get_current_device(self) -> str:
+        return self.target  # so that triton's caches keep the targets apart
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+_made: list[Any] = []
+"""What triton's launcher returned since `_use` was called."""
+
+
+def _start(cache: Path) -> None:
+    """Make this process one that compiles and does not launch."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    from triton.runtime.jit import JITFunction
+
+    from fusedreg import backend
+    from fusedreg.kernels import launch
+
+    original = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        _made.append(original(self, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = run
+    backend.device_kernels = lambda device, fused: launch
+
+
+def _use(target: str) -> None:
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(target))
+    _made.clear()
+
+
+def _step(optimizer: Any, target: str) -> list[Any]:
+    """What triton compiled, or found compiled, for one step on a target."""
+    _use(target)
+    optimizer.step()
+    return list(_made)
+
+
+def params(dtype: Any, sizes: list[int], offset: int = 0) -> list[Any]:
+    """Parameters that begin `offset` elements after an aligned address, with gradients."""
+    import torch
+
+    made = [torch.nn.Parameter(torch.ones(size + offset, dtype=dtype)[offset:]) for size in sizes]
+    for param in made:
+        param.grad = torch.ones_like(param)
+    return made
+
+
+def binaries(
+    case: Any, dtype: Any, target: str, *, offset: int = 0, contract: bool = False, **options: Any
+) -> dict[str, Binary]:
+    """The kernels of one step of a case; `contract` asks for contraction, which we never do."""
+    from fusedreg.kernels import launch
+
+    tensors = params(dtype, [FULL, PARTIAL], offset)
+    before = launch.LAUNCH_OPTIONS
+    launch.LAUNCH_OPTIONS = {**before, "enable_fp_fusion": contract or before["enable_fp_fusion"]}
+    try:
+        made = _step(case.make(tensors, **{"max_grad_norm": 1.0, **options}), target)
+    finally:
+        launch.LAUNCH_OPTIONS = before
+    return {one.name: _read(one) for one in made}
+
+
+def _read(compiled: Any) -> Binary:
+    """Instructions of the assembly, registers and stack of the machine code."""
+    if "ptx" in compiled.asm:
+        text = compiled.asm["ptx"]
+        registers, stack = _resources(compiled.asm["cubin"])
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
+        stack = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)[0])
+    opcodes = re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)", text, re.MULTILINE)
+    return Binary(Counter(opcodes), registers, stack)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of each thread, from triton's own cuobjdump."""
+    import triton
+
+    tool = next(Path(triton.__file__).parent.rglob("cuobjdump*"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None, report
+    return int(found[1]), int(found[2])
+
+
+def hashes_after(edit: tuple[str, str, str] | None, case: Any, **options: Any) -> dict[str, str]:
+    """Hash of each kernel of a step, where (module, old, new) was edited in a file of functions."""
+    import torch
+
+    with _edited(edit):
+        made = _step(case.make(params(torch.float32, [FULL]), **options), "sm_90")
+    return {one.name: one.hash for one in made}
+
+
+@contextmanager
+def _edited(edit: tuple[str, str, str] | None) -> Iterator[None]:
+    """Take rules and penalties from copies of their files, one of them edited."""
+    from fusedreg.kernels import launch, penalty, rules
+
+    copies = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for module in (rules, penalty):
+            name = module.__name__.rpartition(".")[2]
+            source = inspect.getsource(module)
+            if edit is not None and edit[0] == name:
+                assert source.count(edit[1]) == 1, f"{name}.py must have {edit[1]!r} once"
+                source = source.replace(edit[1], edit[2])
+            copies[name] = _imported(Path(folder, f"{name}_copy.py"), source)
+        before = launch.RULES, launch.penalty
+        launch.RULES, launch.penalty = copies["rules"].RULES, copies["penalty"]
+        try:
+            yield
+        finally:
+            launch.RULES, launch.penalty = before
+
+
+def _imported(file: Path, source: str) -> Any:
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def used(action: Callable[[], None]) -> dict[str, int]:
+    """How many binaries of each kernel the steps of `action` take on a target."""
+    _use("sm_90")
+    action()
+    return Counter(one.name for one in {id(one): one for one in _made}.values())

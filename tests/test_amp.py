@@ -64,7 +64,7 @@ def test_steps_of_a_scaler_are_those_without_one(
 ) -> None:
     """Bit for bit, whether or not the user unscaled before the step, and never unscaled twice."""
     optimizer = few(case, path, max_grad_norm=max_grad_norm)
-    plain = few(case, "reference", max_grad_norm=max_grad_norm)
+    plain = few(case, path, max_grad_norm=max_grad_norm)
     scaler = scaler_of()
     for seed in range(3):
         set_scaled_grads(optimizer, seed, SCALE)

@@ -16,6 +16,8 @@ LAYERS = [
     "checks",
     "checkpoint",
     "reference",
+    "backend",
+    "engine",
     "groups",
     "optimizer",
     "sgd",
@@ -24,6 +26,8 @@ LAYERS = [
     "demo",
     "__main__",
 ]
+# Rules know triton and nothing else; the engine does not know the rules; launch.py joins them.
+KERNEL_LAYERS = ["table", "memory", "rules", "penalty", "norms", "rows", "engine", "launch"]
 
 
 def imported(file: Path) -> set[str]:
@@ -64,7 +68,26 @@ def test_imports_run_downwards(file: Path) -> None:
 def test_kernels_import_torch_and_triton_only() -> None:
     for file in (ROOT / "kernels").glob("*.py"):
         for name in imported(file):
-            assert name.split(".")[0] in {"__future__", "torch", "triton"}, f"{file}: {name}"
+            known = name.split(".")[0] in {"__future__", "collections", "torch", "triton", "typing"}
+            assert known or name.startswith("fusedreg.kernels."), f"{file}: {name}"
+
+
+def test_kernels_import_downwards() -> None:
+    files = {file.stem: file for file in (ROOT / "kernels").glob("*.py")}
+    assert set(files) == {*KERNEL_LAYERS, "__init__"}
+    for stem in KERNEL_LAYERS:
+        for name in imported(files[stem]):
+            if name.startswith("fusedreg.kernels."):
+                other = name.split(".")[2]
+                assert KERNEL_LAYERS.index(other) < KERNEL_LAYERS.index(stem), f"{stem}: {name}"
+                assert stem == "launch" or other not in {"rules", "penalty"}, f"{stem}: {name}"
+
+
+def test_only_the_backend_knows_the_kernels() -> None:
+    for file in FILES:
+        if file.name != "backend.py":
+            found = [name for name in imported(file) if name.startswith("fusedreg.kernels")]
+            assert not found, f"{file.name} imports {found}"
 
 
 def test_optimizers_do_not_know_each_other() -> None:

@@ -74,6 +74,8 @@ def test_own_settings_win_over_the_constructor_but_flags_do_not(
     assert {name: loaded[name] for name in flags} == flags
     for name in saved.keys() - flags.keys() - {"params"}:
         assert loaded[name] == saved[name]
+    # Interpreted kernels and the reference may differ in the last bit; here it is the settings.
+    optimizer.param_groups[0]["fused"] = False
     assert_continues(optimizer, resumed)
 
 
@@ -100,12 +102,14 @@ def test_own_state_exists_only_where_it_is_used(case: Case, path: str) -> None:
     kwargs = case.kwargs
     names = {name for state in optimizer.state.values() for name in state}
     thresholded = kwargs.get("l1", 0) > 0 and kwargs.get("l1_mode", "prox") == "prox"
-    needs_mass = thresholded and kwargs.get("momentum", 0) > 0
+    # With dampening only the mass tells the first gradient, which is undamped, from the later ones.
+    needs_mass = kwargs.get("momentum", 0) > 0 and (thresholded or kwargs.get("dampening", 0) > 0)
     assert ("momentum_mass" in names) == needs_mass
     if case.torch_kwargs is not None:
         twin = case.torch_cls(copies(optimizer), **case.torch_kwargs, foreach=False)
         run(twin, 1)
-        assert names == {name for state in twin.state.values() for name in state}
+        torchs = {name for state in twin.state.values() for name in state}
+        assert names - {"momentum_mass"} == torchs
 
 
 # ---- torch's checkpoints -----------------------------------------------------------------------
@@ -438,14 +442,22 @@ def test_options_may_be_turned_on_later(cls: type, options: dict[str, Any], path
     assert_continues(optimizer, fresh)
 
 
-@pytest.mark.parametrize("dampening", [0.0, 0.5])
-def test_l1_turned_on_later_takes_the_momentum_as_warmed_up(dampening: float, path: str) -> None:
-    options = {"lr": 0.01, "momentum": 0.9, "dampening": dampening, **PATHS[path]}
+def test_l1_turned_on_later_takes_the_momentum_as_warmed_up(path: str) -> None:
+    optimizer = fusedreg.SGD(parameters(shapes=SHAPES), lr=0.01, momentum=0.9, **PATHS[path])
+    run(optimizer, 2)
+    optimizer.param_groups[0]["l1"] = 0.1
+    run(optimizer, 1)
+    # The limit 1 / (1 - momentum) stays where it is: one rounding each of 1 - 0.9, the quotient,
+    # the product and the sum.
+    mass = optimizer.state[parameters_of(optimizer)[1]]["momentum_mass"]
+    assert mass.item() == pytest.approx(1 / 0.1, rel=4 * 2.0**-52)
+
+
+def test_l1_turned_on_later_finds_the_mass_that_dampening_counted(path: str) -> None:
+    options = {"lr": 0.01, "momentum": 0.5, "dampening": 0.25, **PATHS[path]}
     optimizer = fusedreg.SGD(parameters(shapes=SHAPES), **options)
     run(optimizer, 2)
     optimizer.param_groups[0]["l1"] = 0.1
     run(optimizer, 1)
-    # The limit (1 - dampening) / (1 - momentum) stays where it is: one rounding each of 1 - 0.9,
-    # the quotient, the product and the sum.
-    mass = optimizer.state[parameters_of(optimizer)[1]]["momentum_mass"]
-    assert mass.item() == pytest.approx((1 - dampening) / 0.1, rel=4 * 2.0**-52)
+    # 1, then twice 0.5 * mass + 0.75, all exact.
+    assert optimizer.state[parameters_of(optimizer)[1]]["momentum_mass"].item() == 1.375

@@ -222,6 +222,8 @@ def test_every_size_equals_the_oracle(case: Case, path: str) -> None:
 def test_complex_parameter_is_a_pair_of_reals(case: Case, path: str) -> None:
     make = partial(case.make, path=path)
     results = trajectory(make, torch.complex64, FEW)
+    if path == "fused":  # kernels leave complex parameters to the reference path
+        make = partial(case.make, path="reference")
     pairs = trajectory(make, torch.float32, tuple((*shape, 2) for shape in FEW))
     for actual, expected in zip(results, pairs, strict=True):
         assert torch.equal(torch.view_as_real(actual), expected)
@@ -241,11 +243,12 @@ def test_adam_without_decay_is_adamw(path: str) -> None:
 
 
 def layout(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Names, dtypes, shapes and strides of all states in the order of the parameters."""
+    """Names, dtypes, shapes and strides of all states but our own, in the parameters' order."""
     return [
         {
             name: (state.dtype, state.shape, state.stride(), state.device)
             for name, state in optimizer.state[param].items()
+            if name != "momentum_mass"
         }
         for param in optimizer.param_groups[0]["params"]
         if param in optimizer.state

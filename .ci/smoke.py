@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fusedreg.kernels
 import torch
 
 import fusedreg
+import fusedreg.kernels
 
 if Path(__file__).parent.parent in Path(fusedreg.__file__).parents[1:2]:
     raise SystemExit(f"this is the repository, not the wheel: {fusedreg.__file__}")

@@ -48,22 +48,23 @@ def norm_kernel(
         numel = tl.load(numels + tensor)
         begin = (chunk - tl.load(first_chunks + tensor)).to(tl.int64) * CHUNK
         grad_ptr = pointer(grads + tensor, GRAD, ALIGNED)
+        size = tl.minimum(numel - begin, CHUNK).to(tl.int32)
+        full = size // BLOCK * BLOCK
+        block = tl.arange(0, BLOCK)
         largest = tl.full((), 1.0, tl.float64)
         if GRAD == tl.float64:
             entries = tl.zeros((BLOCK,), tl.float64)
-            for start in range(0, CHUNK, BLOCK):
-                offsets = begin + start + tl.arange(0, BLOCK)
-                entries = tl.maximum(entries, tl.abs(load(grad_ptr, offsets, numel, False)))
+            for start in range(0, size, BLOCK):
+                g = load(grad_ptr, begin + start + block, numel, False)
+                entries = tl.maximum(entries, tl.abs(g))
             largest = finite_scale(tl.max(entries, 0))
         squares = tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, CHUNK, BLOCK):
-            offsets = begin + start + tl.arange(0, BLOCK)
-            if begin + start + BLOCK <= numel:
-                g = load(grad_ptr, offsets, numel, True).to(tl.float64) / largest
-                squares += g * g
-            elif begin + start < numel:
-                g = load(grad_ptr, offsets, numel, False).to(tl.float64) / largest
-                squares += g * g
+        for start in range(0, full, BLOCK):
+            g = load(grad_ptr, begin + start + block, numel, True).to(tl.float64) / largest
+            squares += g * g
+        if full < size:
+            g = load(grad_ptr, begin + full + block, numel, False).to(tl.float64) / largest
+            squares += g * g
         norm = scaled_norm(largest, tl.sum(squares, 0))
     tl.store(partials + first + chunk, norm)
 

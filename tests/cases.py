@@ -94,6 +94,14 @@ CASES = [
     if not (cls is fusedreg.AdamW and penalty == "decoupled_decay")
 ]
 TORCH_CASES = [case for case in CASES if case.torch_kwargs is not None]
+# Every device function: each rule's with the elastic net, each penalty's with Adam. Maximizing is a
+# sign in a row, and AdamW is Adam with the decoupled decay.
+KERNEL_CASES = [
+    case
+    for case in CASES
+    if case.rule == "adam"
+    or (case.penalty == "elastic_net" and case.rule not in ("sgd_maximize", "adam_maximize"))
+]
 # Where the formula does not matter: one case of each class, with all it has.
 SOME = [
     case

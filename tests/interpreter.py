@@ -2,22 +2,31 @@
 
 - It truncates to bfloat16 where every GPU rounds to nearest even, and takes the bits of a bfloat16
   for an integer when it converts to float64.
+- It takes as long for an operation on nothing, so that most of a step would be the blocks of a
+  chunk that small tensors do not have. A chunk of four blocks has all there is to a longer one.
 - It patches the whole language again at every call of a device function, which takes half of its
-  time. Once for each module and launch is enough.
+  time, and looks up every dtype in a dictionary that it makes for that. Once for each module and
+  launch, and once for each dtype, is enough.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from fusedreg.kernels import launch as kernels
+from fusedreg.kernels import table
+
 FLOATS = {tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64}
 _cast_impl = interpreter.InterpreterBuilder.cast_impl
 _patch_lang = interpreter._patch_lang
 _launch = interpreter.GridExecutor.__call__
+_np_dtype = interpreter._get_np_dtype
+_np_dtype_of = cache(interpreter._get_np_dtype)
 _patched: set[int] = set()
 
 
@@ -48,6 +57,14 @@ def launch(self: Any, *args: Any, **kwargs: Any) -> None:
     _launch(self, *args, **kwargs)
 
 
+def np_dtype(dtype: Any) -> Any:
+    """The numpy dtype that holds elements of a dtype."""
+    scalar = dtype.scalar
+    return _np_dtype(scalar) if scalar.is_ptr() else _np_dtype_of(scalar)
+
+
 interpreter.InterpreterBuilder.cast_impl = cast_impl
 interpreter._patch_lang = patch_lang
 interpreter.GridExecutor.__call__ = launch
+interpreter._get_np_dtype = np_dtype
+kernels.CHUNK = table.CHUNK = 2048

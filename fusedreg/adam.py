@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from fusedreg.checks import check_number
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Number, is_zero
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -62,6 +65,8 @@ class Adam(FusedOptimizer):
             `skipped_steps` counts it.
         state_dtype: dtype of the moments, e.g. torch.float32 for bfloat16 parameters; None is
             torch's, the parameter's own. A checkpoint does not change it.
+        process_group: ranks over which the squared gradient norm is summed, where each has other
+            parameters as plain tensors (ZeRO, FSDP1, pipeline stages); DTensors need none.
 
     State: `step` (0-dim float32, float64 if that is the default dtype), `exp_avg` m, `exp_avg_sq`
     v, and `max_exp_avg_sq` x if amsgrad; shape of the parameter, dtype `state_dtype` or the
@@ -92,6 +97,7 @@ class Adam(FusedOptimizer):
 
     tensor_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     scalar_states = ("step",)
+    late_states = ("max_exp_avg_sq",)
     device_options = ("betas", "eps")
 
     def __init__(
@@ -114,6 +120,7 @@ class Adam(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         _check_tensors(lr, betas, foreach_only=bool(foreach) and not capturable)
         defaults = {
@@ -133,7 +140,11 @@ class Adam(FusedOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite
+            params,
+            defaults,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            process_group=process_group,
         )
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
@@ -215,9 +226,9 @@ class AdamW(Adam):
         params, lr, betas, eps, amsgrad: as in :class:`Adam`, like all that follow.
         weight_decay: >= 0; w loses the fraction lr * weight_decay in a step.
         maximize, foreach, capturable, differentiable, fused: as in :class:`Adam`.
-        l1, l1_mode, max_grad_norm, skip_nonfinite, state_dtype: as in :class:`Adam`. With
-            `l1_mode="prox"` and a decay the fixed point is not scikit-learn's elastic net (Adam's
-            coupled decay has that).
+        l1, l1_mode, max_grad_norm, skip_nonfinite, state_dtype, process_group: as in
+            :class:`Adam`. With `l1_mode="prox"` and a decay the fixed point is not scikit-learn's
+            elastic net (Adam's coupled decay has that).
 
     State and errors: as in :class:`Adam`.
 
@@ -253,6 +264,7 @@ class AdamW(Adam):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -272,6 +284,7 @@ class AdamW(Adam):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
+            process_group=process_group,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

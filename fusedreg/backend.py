@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fusedreg.dist import local
+
 FLOOR = (3, 3)
 """The oldest triton that compiles and interprets the kernels."""
 
@@ -59,17 +61,6 @@ def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | Non
     if device.type == "cuda":
         return None if fused is False else kernels()
     return kernels() if device.type == "cpu" and fused and interpreted() else None
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that is here; any other tensor itself. Call it without grad mode."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
-
-
-def is_sharded_alike(param: Tensor, grad: Tensor) -> bool:
-    """Whether the parts of two tensors that are here belong together, element by element."""
-    return getattr(param, "placements", None) == getattr(grad, "placements", None)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -10,10 +11,67 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
+from fusedreg.dist import placements_of, sharded_as
 from fusedreg.scalars import wide_dtype
 
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 """Group options that say how to run here; a file from another machine must not change them."""
+
+
+def check_keys(state_dict: object) -> None:
+    """Raise unless it has the structure of a state_dict."""
+    parts = {"state": dict, "param_groups": list}
+    if isinstance(state_dict, dict):
+        wrong = [name for name, kind in parts.items() if not isinstance(state_dict.get(name), kind)]
+        lacks = f"lacks {' and '.join(map(repr, wrong))}"
+        if not wrong and all("params" in group for group in state_dict["param_groups"]):
+            return
+        lacks = lacks if wrong else "lacks 'params' in a group"
+    else:
+        lacks = f"is no dict but {type(state_dict).__name__}"
+    raise ValueError(
+        f"loaded state dict {lacks}: pass what optimizer.state_dict() returned (a checkpoint of a "
+        "whole training has it under a name of its own)"
+    )
+
+
+def is_absent(value: object) -> bool:
+    """None, as an older torch.optim.SGD wrote, or the empty dict that torch unflattens to."""
+    return value is None or value == {}
+
+
+def check_states(state_dict: StateDict, rule: Any) -> None:
+    """Raise unless each parameter has the states that class `rule` keeps, all or none."""
+    needed = {*rule.scalar_states, *rule.tensor_states} - {*rule.late_states}
+    ids = {key for group in state_dict["param_groups"] for key in group["params"]}
+    for key, state in state_dict["state"].items():
+        if key not in ids:
+            if isinstance(key, int):
+                raise ValueError(
+                    f"loaded state dict contains state of parameter {key}, which is in none of its "
+                    "groups: it was not written whole"
+                )
+            continue
+        found = {name for name, value in state.items() if not is_absent(value)}
+        # Counters, masks and notes are a user's own; what has a floating dtype is a moment.
+        foreign = [
+            name
+            for name, value in state.items()
+            if name not in {*rule.scalar_states, *rule.tensor_states}
+            and isinstance(value, Tensor)
+            and (value.is_floating_point() or value.is_complex())
+        ]
+        if foreign:
+            raise ValueError(
+                f"loaded state dict contains {foreign[0]!r} for parameter {key}, which "
+                f"{rule.__name__} does not keep: load it into the class that it was saved from"
+            )
+        missing = sorted(needed - found)
+        if found and missing:
+            raise ValueError(
+                f"loaded state dict lacks {missing[0]!r} for parameter {key}: it was not written "
+                "whole, or by another class"
+            )
 
 
 def merge_groups(
@@ -40,11 +98,11 @@ def merge_groups(
 
 
 def restore_state(
-    groups: list[dict[str, Any]], state_dict: StateDict, scalar_states: tuple[str, ...]
+    groups: list[dict[str, Any]], state_dict: StateDict, rule: Any
 ) -> defaultdict[Tensor, Any]:
     """Copies of the saved states, keyed by the parameters of `groups`.
 
-    State that belongs to no parameter is kept as it is, as torch does.
+    State that belongs to no parameter, or that class `rule` does not know, is kept as it is.
     """
     params = [(param, group["state_dtype"]) for group in groups for param in group["params"]]
     saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -55,40 +113,62 @@ def restore_state(
             state[key] = deepcopy(saved)
             continue
         param, state_dtype = by_id[key]
-        restored = {
-            name: _restore(key, name, value, param, name in scalar_states, state_dtype)
-            for name, value in saved.items()
-            if value is not None  # an older torch.optim.SGD wrote momentum_buffer=None
-        }
+        restored = {}
+        for name, value in saved.items():
+            where = f"loaded state dict contains {name!r} {{}} for parameter {key}, {{}}"
+            if is_absent(value):
+                continue
+            if name in rule.scalar_states:
+                restored[name] = _count(where.format, name, value, param)
+            elif name in rule.tensor_states:
+                restored[name] = _moment(where.format, value, param, state_dtype)
+            elif isinstance(value, Tensor):
+                restored[name] = value.detach().to(param.device, copy=True)
+            else:
+                restored[name] = deepcopy(value)
         if restored:
             state[param] = restored
     return state
 
 
-def _restore(
-    key: Any, name: str, value: Any, param: Tensor, scalar: bool, state_dtype: torch.dtype | None
-) -> Any:
-    if scalar:
-        # A number in a file older than torch 1.12, or narrowed by a class that did not know it: a
-        # bfloat16 count would stand still at 256.
-        value = torch.as_tensor(value)
-        least = torch.float32 if name == "step" else wide_dtype(param.device)
-        dtype = torch.promote_types(value.dtype, least)
-        return value.detach().to(param.device, dtype, copy=True)
+def _count(problem: Callable[..., str], name: str, value: Any, param: Tensor) -> Tensor:
+    """One number on the parameter's device, in a dtype that can count."""
+    count = torch.as_tensor(value)  # a Python number in a file older than torch 1.12
+    if count.numel() != 1:
+        raise ValueError(problem(f"of shape {tuple(count.shape)}", "but it is one number"))
+    # Another class may have narrowed it: a bfloat16 count would stand still at 256.
+    least = torch.float32 if name == "step" else wide_dtype(param.device)
+    dtype = torch.promote_types(count.dtype, least)
+    return count.detach().to(param.device, dtype, copy=True)
+
+
+def _moment(
+    problem: Callable[..., str], value: Any, param: Tensor, state_dtype: torch.dtype | None
+) -> Tensor:
+    """A tensor of the parameter's shape, device and placements, never narrowed unasked."""
     if not isinstance(value, Tensor):
-        return deepcopy(value)
-    if value.dim() == 0 and param.dim() > 0:
-        return value.detach().to(param.device, copy=True)
+        raise ValueError(problem(f"as {type(value).__name__}", "but it is a tensor"))
     if value.shape != param.shape:
         raise ValueError(
-            f"loaded state dict contains {name!r} of shape {tuple(value.shape)} for parameter "
-            f"{key}, which has shape {tuple(param.shape)}: load it into the model it was saved from"
+            problem(
+                f"of shape {tuple(value.shape)}",
+                f"which has shape {tuple(param.shape)}: load it into the model it was saved from",
+            )
         )
+    if placements_of(param) is not None:
+        if placements_of(value) is None:
+            raise ValueError(
+                problem(
+                    "as a plain tensor",
+                    "which is a DTensor: load it with "
+                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
+                )
+            )
+        value = sharded_as(param, value)
     # torch casts to the parameter's dtype. A state wider than its parameter was asked for, and one
-    # narrower would lose bits in every step: keep the wider of the two. Counters and masks stay.
-    dtype = value.dtype
-    if value.is_floating_point() or value.is_complex():
-        dtype = state_dtype or torch.promote_types(value.dtype, param.dtype)
-        if value.is_complex() and not dtype.is_complex:
-            dtype = dtype.to_complex()
-    return value.detach().to(param.device, dtype, copy=True)
+    # narrower would lose bits in every step: keep the wider of the two.
+    dtype = state_dtype or torch.promote_types(value.dtype, param.dtype)
+    if value.is_complex() and not dtype.is_complex:
+        dtype = dtype.to_complex()
+    restored: Tensor = value.detach().to(param.device, dtype, copy=True)
+    return restored

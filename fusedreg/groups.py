@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedreg.scalars import whole
+from fusedreg.dist import whole
 
 NORM_LAYERS = (
     nn.LayerNorm,

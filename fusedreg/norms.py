@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fusedreg.scalars import whole, wide_dtype
+from fusedreg.scalars import wide_dtype
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def global_norm(grads: Iterable[Tensor], device: torch.device) -> Tensor:
     norms = []
     for grad in grads:
         norm = _norm(torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad)
-        norms.append(whole(norm).to(device, wide_dtype(device)))
+        norms.append(norm.to(device, wide_dtype(device)))
     if not norms:
         return torch.zeros((), dtype=wide_dtype(device), device=device)
     return _norm(torch.stack(norms))

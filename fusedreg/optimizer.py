@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from copy import copy
 from types import ModuleType
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from fusedreg import backend, checkpoint, reference
+from fusedreg import backend, checkpoint, dist, reference
 from fusedreg.checks import (
     L1_MODES,
     check_flags,
@@ -19,10 +20,15 @@ from fusedreg.checks import (
     check_param,
     check_state_dtype,
 )
+from fusedreg.dist import Spread, local
 from fusedreg.engine import NOT_BEFORE_CAPTURE, Plan, is_capturing
+from fusedreg.inventory import Inventory
 from fusedreg.norms import clip_factor, global_norm
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Flag, Number, number
+
+if TYPE_CHECKING:  # a build of torch may lack it
+    from torch.distributed import ProcessGroup
 
 Work = list[tuple[dict[str, Any], list[Tensor]]]
 """Groups, each with those of its parameters that are stepped."""
@@ -41,6 +47,8 @@ class FusedOptimizer(Optimizer):
     """Names of the states shaped like the parameter."""
     scalar_states: tuple[str, ...]
     """Names of the 0-dim states."""
+    late_states: tuple[str, ...] = ()
+    """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
     device_options: tuple[str, ...]
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
 
@@ -51,6 +59,8 @@ class FusedOptimizer(Optimizer):
     _grad_norm: Tensor | None = None
     _skipped_steps: Tensor | None = None
     _has_stepped: bool = False
+    _process_group: str | None = None
+    _splitter: str | None = None
     _launches: int = 0
     # Addresses are of this process and these tensors: a copy makes its own plan.
     _plan: Plan | None = None
@@ -60,6 +70,9 @@ class FusedOptimizer(Optimizer):
         "_skip_nonfinite",
         "_grad_norm",
         "_skipped_steps",
+        "_launches",
+        "_process_group",
+        "_splitter",
         "_optimizer_step_pre_hooks",
         "_optimizer_step_post_hooks",
         "_optimizer_state_dict_pre_hooks",
@@ -75,11 +88,15 @@ class FusedOptimizer(Optimizer):
         *,
         max_grad_norm: float | None,
         skip_nonfinite: bool,
+        process_group: ProcessGroup | None,
     ) -> None:
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self.process_group = process_group
+        self._splitter = dist.constructing_splitter()
         self._check_group(defaults, read_device=True)
         super().__init__(params, defaults)
+        self._check_norm_is_global()
 
     # ---- the contract: a subclass overrides all, and extends init_state -------------------------
 
@@ -146,6 +163,23 @@ class FusedOptimizer(Optimizer):
         self._skip_nonfinite = bool(value)
 
     @property
+    def process_group(self) -> ProcessGroup | None:
+        """Ranks over which squared gradient norms are summed; None: this rank has all gradients.
+
+        For plain tensors of which each rank has another part, as ZeroRedundancyOptimizer,
+        FullyShardedDataParallel and pipeline stages have them. DTensors need none, and under
+        DistributedDataParallel, where every rank has every gradient, the norm would be too large. A
+        parameter that several ranks have is counted once for each. May be set at any time, on all
+        ranks; every rank of the group must then step.
+        """
+        group: ProcessGroup | None = dist.group_of(self._process_group)
+        return group
+
+    @process_group.setter
+    def process_group(self, value: ProcessGroup | None) -> None:
+        self._process_group = dist.name_of(value)
+
+    @property
     def grad_norm(self) -> Tensor | None:
         """Global L2 norm of the last step's loss gradient, unscaled, before clipping.
 
@@ -186,10 +220,12 @@ class FusedOptimizer(Optimizer):
         """How many kernels the last step launched on all devices; 0 on the reference path."""
         return self._launches
 
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
     def _home(self) -> torch.device:
         """Device of the first parameter; a group, even the first, may be empty."""
-        params = (param for group in self.param_groups for param in group["params"])
-        return next((param.device for param in params), torch.device("cpu"))
+        return next((param.device for param in self._params()), torch.device("cpu"))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -219,7 +255,9 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError, TypeError: a hyper-parameter in a group is out of range.
-            RuntimeError: a gradient is sparse, integer, on another device, or of another shape.
+            RuntimeError: a gradient is sparse, integer, on another device, or of another shape; a
+                gradient norm is asked for inside a backward pass, or where each rank has a part of
+                the parameters and there is no `process_group`; another rank has died.
             All are raised before anything changes. No `.grad` is ever written.
         """
         self._opt_called = True
@@ -227,17 +265,19 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_norm_is_global()
         first = not (self.state or self._has_stepped)
         plan, rest = self._gather()
         self._grad_norm = None
         self._launches = 0
-        if plan is None and not rest:
-            if self._needs_norm():
-                self._grad_norm = torch.zeros((), dtype=torch.float32, device=self._home())
+        frozen = self._only_creates_state(first)
+        nothing = plan is None and not rest
+        # Other ranks may step what this one has no gradient for, and all must agree on the first.
+        self._has_stepped |= not nothing or self._spans_ranks()
+        if nothing and not self._needs_norm():
             return loss
-        frozen = first and self._only_creates_state()
-        device = None if plan is None else plan.device
-        if plan is not None and device is not None and not rest and frozen is False:
+        device = None if plan is None or rest or frozen is not False else plan.device
+        if plan is not None and device is not None and self._process_group is None:
             self._run_plan(plan, device)
         else:
             scale, skip = self._scale_and_skip(plan, rest)
@@ -247,8 +287,7 @@ class FusedOptimizer(Optimizer):
             for group, params in rest:
                 self._update(group, params, scale, skip)
         if plan is not None:
-            self._launches = plan.take_launches()
-        self._has_stepped = True
+            self._launches = plan.launches
         return loss
 
     # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
@@ -261,19 +300,21 @@ class FusedOptimizer(Optimizer):
         Where it raises, nothing has changed but that state may have been created, of zeros.
         """
         plan = self._plan
-        if plan is None or not plan.refresh(self.param_groups, self.state):
-            plan, rest = self._make_plan()
-            return (plan if plan is not None and plan.has_grads else None), rest
-        if plan.capturing() and plan not in self._captured:
-            self._captured += (plan,)  # a graph reads its tables as long as it lives
-        rest = self._collect(without=plan.chosen) if plan.rest else []
-        self._init_states(rest)
-        return (plan if plan.has_grads else None), rest
+        if plan is None or not plan.inventory.refresh(self.param_groups, self.state):
+            rest = self._make_plan()
+            plan = self._plan
+        else:
+            if plan.capturing() and plan not in self._captured:
+                self._captured += (plan,)  # a graph reads its tables as long as it lives
+            plan.launches, inventory = 0, plan.inventory
+            rest = self._collect(without=inventory.chosen) if inventory.rest else []
+            self._init_states(rest)
+        return (plan if plan is not None and plan.inventory.has_grads else None), rest
 
-    def _make_plan(self) -> tuple[Plan | None, Work]:
-        """Sort the parameters into those that kernels step and the rest, creating their state."""
+    def _make_plan(self) -> Work:
+        """Plan for the parameters that kernels step, return the rest; create the state of both."""
         work = self._collect()
-        old = self._plan
+        old = None if self._plan is None else self._plan.inventory
         known = {} if old is None else dict(zip(old.chosen, old.grad_dtypes, strict=True))
         # A parameter stays in the plan while it has no gradient, so that experts may come and go.
         candidates = {
@@ -299,8 +340,10 @@ class FusedOptimizer(Optimizer):
         launch = backend.kernels() if chosen else None
         if launch is not None:
             others = {param for _, params in rest for param in params}
-            self._plan = Plan(self, launch, self.param_groups, chosen, others, self.state, known)
-        return self._plan, rest
+            groups, state = self.param_groups, self.state
+            inventory = Inventory(self, launch, groups, chosen, others, state, known)
+            self._plan = Plan(inventory, state)
+        return rest
 
     def _kernels_for(self, group: Settings, param: Tensor) -> ModuleType | None:
         """The kernels that step `param`, None for the reference path."""
@@ -308,7 +351,7 @@ class FusedOptimizer(Optimizer):
         grad = param.grad
         if launch is None or not backend.is_walkable(param):
             return None
-        fits = grad is None or (backend.is_plain(grad) and backend.is_sharded_alike(param, grad))
+        fits = grad is None or (backend.is_plain(grad) and dist.is_sharded_alike(param, grad))
         return launch if fits else None
 
     def _states_are_walkable(self, group: Settings, param: Tensor) -> bool:
@@ -324,9 +367,9 @@ class FusedOptimizer(Optimizer):
                 return False
             if not backend.is_walkable(moment):
                 return False
-            if not backend.is_sharded_alike(param, moment):
+            if not dist.is_sharded_alike(param, moment):
                 return False
-            if not backend.same_layout(backend.local(param), backend.local(moment)):
+            if not backend.same_layout(local(param), local(moment)):
                 state[name] = torch.empty_like(param, dtype=moment.dtype).copy_(moment)
         return (
             len({moment.dtype for moment in moments.values()}) <= 1
@@ -373,6 +416,48 @@ class FusedOptimizer(Optimizer):
     def _needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
+    def _check_norm_is_global(self) -> None:
+        """Raise where the norm that is asked for would be one of some of the gradients."""
+        if not self._needs_norm():
+            return
+        what = "max_grad_norm and skip_nonfinite take the norm over all gradients"
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{what}, which are not there inside a backward pass: call step() after it, or "
+                "construct the optimizers of apply_optimizer_in_backward without the two"
+            )
+        if self._splitter is not None and self._process_group is None:
+            raise RuntimeError(
+                f"{what}, but {self._splitter} gives each rank a part of the parameters: say over "
+                "which ranks with process_group=torch.distributed.group.WORLD (a keyword of the "
+                "optimizer; in ZeroRedundancyOptimizer, which has one of that name for itself, "
+                f"optimizer_class=functools.partial({type(self).__name__}, process_group=...))"
+            )
+
+    def _spreads(self) -> Iterable[Spread | None]:
+        """How parameters are spread over ranks, each way once, in the same order on all ranks."""
+        if self._plan is not None:
+            return self._plan.inventory.spreads
+        return dict.fromkeys(map(dist.spread_of, self._params()))
+
+    def _spans_ranks(self) -> bool:
+        """Whether a norm is summed over ranks."""
+        return self._process_group is not None or any(self._spreads())
+
+    def _norms_here(
+        self, plan: Plan | None, params: Iterable[Tensor], device: torch.device
+    ) -> dict[Spread | None, Tensor]:
+        """The norm of what is here of all gradients, for each way they are spread over ranks."""
+        parts: dict[Spread | None, list[Tensor]] = {None: []}
+        parts.update({spread: [] for spread in self._spreads()})
+        for param in params:
+            if param.grad is not None:
+                grad = dist.sharded_as(param, param.grad)
+                parts[dist.spread_of(param)].append(local(grad))
+        for spread, norms in [] if plan is None else plan.norms():
+            parts[spread].append(norms)
+        return {spread: global_norm(tensors, device) for spread, tensors in parts.items()}
+
     def _run_plan(self, plan: Plan, device: torch.device) -> None:
         """Step where kernels on one device do everything, the norm too."""
         found_inf = getattr(self, "found_inf", None)
@@ -397,16 +482,18 @@ class FusedOptimizer(Optimizer):
 
     def _scale_and_skip(self, plan: Plan | None, rest: Work) -> tuple[Number, Flag]:
         """What multiplies every gradient of this step, and whether the step is skipped."""
-        device = plan.params[0].device if plan is not None else rest[0][1][0].device
+        stepped = [] if plan is None else plan.inventory.params
+        stepped = [*stepped[:1], *(param for _, params in rest for param in params[:1])]
+        device = stepped[0].device if stepped else self._home()
         loss_scale = number(getattr(self, "grad_scale", None), device)
         found_inf = number(getattr(self, "found_inf", None), device)
         scale: Number = 1.0 if loss_scale is None else 1.0 / loss_scale
         # GradScaler sums found_inf over devices, so it may be 2.
         skip: Flag = False if found_inf is None else found_inf != 0
         if self._needs_norm():
-            grads = _grads(param for _, params in rest for param in params)
-            grads += [] if plan is None else plan.norms()
-            norm = global_norm(grads, device) * scale
+            params = [param for _, params in rest for param in params]
+            norms = self._norms_here(plan, params, device)
+            norm = dist.total_norm(norms, self.process_group) * scale
             self._grad_norm = norm.to(torch.float32)
             if self.skip_nonfinite:
                 skip = skip | number(~torch.isfinite(norm), device)
@@ -416,18 +503,29 @@ class FusedOptimizer(Optimizer):
             self._skipped_steps = self.skipped_steps.to(device).add_(skip)
         return scale, skip
 
-    def _only_creates_state(self) -> Flag:
-        """Whether this first step is there to create state, and must not count as one.
+    def _only_creates_state(self, first: bool) -> Flag:
+        """Whether a step, if it is the first, is there to create state and must not count as one.
 
         torch.distributed.checkpoint makes an optimizer create its state by a step with lr 0 and
         gradients of zeros. Counting it would change the bias correction of every later step.
         """
+        spans_ranks = self._spans_ranks()
+        if not (first or spans_ranks):
+            return False
         device = self._home()
         lrs = [number(group["lr"], device) for group in self.param_groups]
         if any(not isinstance(lr, Tensor) and lr != 0 for lr in lrs):
             return False
-        params = (param for group in self.param_groups for param in group["params"])
-        only: Flag = number(global_norm(_grads(params), device), device) == 0
+        # Whether they talk must be the same on all ranks: lr is, what was stepped before is not,
+        # and an lr on a device is not known.
+        talks = spans_ranks and not any(isinstance(lr, Tensor) for lr in lrs)
+        if not (first or talks):
+            return False
+        norms = self._norms_here(None, self._params(), device)
+        if not first:
+            norms = {spread: torch.full_like(norm, torch.inf) for spread, norm in norms.items()}
+        norm = dist.total_norm(norms, self.process_group) if talks else sum(norms.values())
+        only: Flag = number(norm, device) == 0
         for lr in lrs:
             only = only & (lr == 0)
         return only
@@ -438,11 +536,19 @@ class FusedOptimizer(Optimizer):
         """Step the parameters of one group on the reference path."""
         settings = self._settings(group, params)
         for param in params:
+            assert param.grad is not None
             device = param.device
-            state = self.state.get(param, {})
+            # Elementwise, so that the parts which are here are stepped like any tensor.
             reference.update(
-                self, settings[device], param, state, number(scale, device), number(skip, device)
+                self,
+                settings[device],
+                local(param),
+                local(dist.sharded_as(param, param.grad)),
+                {name: local(value) for name, value in self.state.get(param, {}).items()},
+                number(scale, device),
+                number(skip, device),
             )
+        torch.autograd.graph.increment_version(params)
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
@@ -461,6 +567,7 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; options it lacks take the constructor's values."""
         super().add_param_group(param_group)
+        self._splitter = self._splitter or dist.splitter_of(param_group["params"])
         try:
             self._check_group(param_group, read_device=True)
             for index in range(len(param_group["params"])):
@@ -479,16 +586,19 @@ class FusedOptimizer(Optimizer):
         device and never narrowed.
 
         Raises:
-            ValueError: other groups, sizes or shapes than this optimizer's. Nothing has changed.
+            ValueError: no `state_dict`, or one with other groups, sizes, shapes or names of states
+                than this optimizer's, or one that lacks states. Nothing has changed.
         """
-        state_dict = state_dict.copy()
+        state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        checkpoint.check_keys(state_dict)
         groups = checkpoint.merge_groups(self.param_groups, state_dict["param_groups"])
+        checkpoint.check_states(state_dict, type(self))
         for group in groups:
             self._check_group(group, read_device=True)
-        state = checkpoint.restore_state(groups, state_dict, self.scalar_states)
+        state = checkpoint.restore_state(groups, state_dict, type(self))
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -504,7 +614,3 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-
-
-def _grads(params: Iterable[Tensor]) -> list[Tensor]:
-    return [param.grad for param in params if param.grad is not None]

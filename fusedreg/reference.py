@@ -64,7 +64,8 @@ def update(
     rule: Rule,
     settings: Settings,
     param: Tensor,
-    state: dict[str, Tensor],
+    grad: Tensor,
+    state: dict[str, Any],
     scale: Number,
     skip: Flag,
 ) -> None:
@@ -73,17 +74,17 @@ def update(
     Args:
         rule: the optimizer.
         settings: the numbers of its param group.
-        param: the parameter; its `.grad` is read and never written.
+        param: the parameter.
+        grad: its gradient, read and never written.
         state: its state, complete.
         scale: what multiplies the gradient of the loss.
         skip: True where this step must change nothing.
     """
-    assert param.grad is not None
     lr, l1, weight_decay = settings["lr"], settings["l1"], settings["weight_decay"]
     l1_mode, decoupled = settings["l1_mode"], settings["decoupled_weight_decay"]
     dtype = compute_dtype(param)
     w = as_real(param).to(dtype)
-    g = loss_gradient(param, param.grad, scale)
+    g = loss_gradient(param, grad, scale)
 
     if settings["maximize"]:
         g = -g

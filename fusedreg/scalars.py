@@ -45,12 +45,6 @@ def number(value: Any, device: torch.device) -> Any:
     return value.detach().reshape(()).to(device)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A reduction over a DTensor as the plain tensor that all its ranks agree on."""
-    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return full
-
-
 def is_zero(value: Number) -> bool:
     """Whether `value` is known on the host to be 0 (a number on a device is not looked at)."""
     return not isinstance(value, Tensor) and value == 0

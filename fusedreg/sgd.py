@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
+from fusedreg.dist import whole
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.reference import Settings, State
-from fusedreg.scalars import Flag, Number, is_zero, whole, wide_dtype
+from fusedreg.scalars import Flag, Number, is_zero, wide_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SGD(FusedOptimizer):
@@ -64,6 +68,8 @@ class SGD(FusedOptimizer):
             `skipped_steps` counts it.
         state_dtype: dtype of `momentum_buffer`, e.g. torch.float32 for bfloat16 parameters; None is
             torch's, the parameter's own. A checkpoint does not change it.
+        process_group: ranks over which the squared gradient norm is summed, where each has other
+            parameters as plain tensors (ZeRO, FSDP1, pipeline stages); DTensors need none.
 
     State: `momentum_buffer` (shape of the parameter, dtype `state_dtype` or the parameter's) where
     momentum > 0, so 4 bytes per float32 parameter, else none. `momentum_mass` (0-dim float64),
@@ -94,6 +100,7 @@ class SGD(FusedOptimizer):
 
     tensor_states = ("momentum_buffer",)
     scalar_states = ("momentum_mass",)
+    late_states = ("momentum_buffer", "momentum_mass")
     device_options = ("momentum", "dampening")
 
     def __init__(
@@ -115,6 +122,7 @@ class SGD(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -132,7 +140,11 @@ class SGD(FusedOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite
+            params,
+            defaults,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            process_group=process_group,
         )
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:

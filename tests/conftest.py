@@ -11,7 +11,7 @@ import torch
 
 import fusedreg
 
-from cases import PATHS
+from cases import KERNEL_CASES, PATHS, SOME
 
 if not torch.cuda.is_available():
     # Without a GPU, fused=True has its kernels interpreted. Triton reads this when it is imported.
@@ -24,7 +24,7 @@ torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain 
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the optimizer is asked to run; see cases.PATHS."""
     if request.param.endswith("device"):
-        for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine):
+        for module in (fusedreg.scalars, fusedreg.checks, fusedreg.inventory):
             monkeypatch.setattr(module, "on_host", lambda value: False)
     return request.param
 
@@ -38,19 +38,13 @@ def _seed() -> Iterator[None]:
     assert torch.get_default_dtype() == dtype
 
 
-# Other rules run the same device functions: maximizing is a sign in a row, and AdamW is Adam with
-# the decoupled decay. Interpreted steps are slow, so these meet the oracle and torch, but not every
-# property once more.
-SAME_KERNELS = ("sgd_maximize", "adam_maximize", "adamw_amsgrad")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out properties of interpreted kernels that another rule has shown."""
+    """Interpreted steps are slow: all cases meet the oracle and torch, KERNEL_CASES the rest."""
     kept, left_out = [], []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        again = params.get("path") == "fused" and getattr(params.get("case"), "rule", None)
-        full = item.path.stem in ("test_oracle", "test_torch_parity")
-        (left_out if again in SAME_KERNELS and not full else kept).append(item)
+        again = params.get("path") == "fused" and params.get("case", SOME[0]) not in KERNEL_CASES
+        all_cases = item.path.stem in ("test_oracle", "test_torch_parity")
+        (left_out if again and not all_cases else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)

@@ -11,12 +11,15 @@ ROOT = Path(__file__).parent.parent
 # Each module may import those before it.
 LAYERS = [
     "scalars",
+    "dist",
     "penalty",
     "norms",
     "checks",
     "checkpoint",
     "reference",
     "backend",
+    "inventory",
+    "tables",
     "engine",
     "groups",
     "optimizer",

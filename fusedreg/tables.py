@@ -1,0 +1,130 @@
+"""Tensors sorted into buckets, of which each takes one launch, and the tables of the buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedreg.dist import Spread, spread_of
+from fusedreg.inventory import Inventory
+
+States = Sequence[Mapping[str, Tensor]]
+"""What is here of the states of each parameter of an inventory."""
+
+
+class Kind(NamedTuple):
+    """What the tensors of one launch have in common."""
+
+    device: torch.device
+    rule: str
+    states: tuple[str, ...]
+    shrink: bool  # one L1 threshold for all elements, whatever the gain of each
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    scalar: torch.dtype
+    aligned: bool
+    spread: Spread | None  # over ranks; the norms of those alike are summed alike
+
+
+@dataclass
+class Bucket:
+    """The tensors of one kind."""
+
+    kind: Kind
+    positions: list[int]
+    """Where its tensors stand among the parameters of the plan."""
+    hooks: dict[str, bool]
+    """Which penalties any of its groups has."""
+    table: Any
+    rows: Tensor
+    first_chunk: int
+    """Where its chunks begin among the partial norms of the device."""
+    first_tensor: int
+    """Where its tensors begin among the gradient addresses of the device."""
+
+
+@dataclass
+class Memory:
+    """What the buckets of one device share."""
+
+    buckets: list[Bucket]
+    grads: Tensor
+    partials: Tensor
+    numbers: Tensor
+
+
+def layout(inventory: Inventory, states: States) -> dict[torch.device, Memory]:
+    """Sort the tensors of an inventory into buckets and write their tables."""
+    kinds: dict[torch.device, dict[Kind, list[int]]] = {}
+    for position, param in enumerate(inventory.chosen):
+        kind = _kind(inventory, position, states[position], spread_of(param))
+        kinds.setdefault(kind.device, {}).setdefault(kind, []).append(position)
+    return {device: _memory(inventory, device, of, states) for device, of in kinds.items()}
+
+
+def _kind(
+    inventory: Inventory, position: int, state: Mapping[str, Tensor], spread: Spread | None
+) -> Kind:
+    param = inventory.params[position]
+    rule, names, shrink, *_ = inventory.structure[inventory.group_of[position]]
+    counts = [state[name].dtype for name in inventory.rule.scalar_states if name in state]
+    return Kind(
+        device=param.device,
+        rule=rule,
+        states=names,
+        shrink=shrink,
+        param=param.dtype,
+        grad=inventory.grad_dtypes[position],
+        state=state[names[0]].dtype if names else param.dtype,
+        scalar=counts[0] if counts else torch.float64,
+        aligned=inventory.is_aligned[position],
+        spread=spread,
+    )
+
+
+def _memory(
+    inventory: Inventory,
+    device: torch.device,
+    kinds: Mapping[Kind, list[int]],
+    states: States,
+) -> Memory:
+    launch: ModuleType = inventory.launch
+    buckets: list[Bucket] = []
+    chunks = tensors = 0
+    for kind, positions in kinds.items():
+        groups = [inventory.group_of[position] for position in positions]
+        numels = [inventory.numels[position] for position in positions]
+        table = launch.build(_slots(inventory, kind, positions, states), numels, groups, device)
+        rows = torch.empty(len(positions), launch.ROW, dtype=torch.float64, device=device)
+        hooks = launch.penalties([inventory.lines[group] for group in set(groups)])
+        buckets.append(Bucket(kind, positions, hooks, table, rows, chunks, tensors))
+        chunks += table.chunks
+        # An even number, because triton compiles for the alignment of where the next one begins.
+        tensors += len(positions) + len(positions) % 2
+    size = launch.HEADER + sum(map(len, inventory.lines))
+    return Memory(
+        buckets,
+        grads=torch.empty(tensors, dtype=torch.int64, device=device),
+        partials=torch.empty(chunks, dtype=torch.float64, device=device),
+        numbers=torch.empty(size, dtype=torch.float64, device=device),
+    )
+
+
+def _slots(
+    inventory: Inventory, kind: Kind, positions: list[int], states: States
+) -> list[list[int]]:
+    """Addresses of parameters, moments and counts; 0 for a count that a parameter has not."""
+    names = (*kind.states, *inventory.rule.scalar_states)
+    return [
+        [inventory.params[position].data_ptr() for position in positions],
+        *(
+            [states[p][name].data_ptr() if name in states[p] else 0 for p in positions]
+            for name in names
+        ),
+    ]

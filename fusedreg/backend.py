@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fusedreg.dist import local
+from fusedreg.dist import is_sharded_alike, local
 
 FLOOR = (3, 3)
 """The oldest triton that compiles and interprets the kernels."""
@@ -63,6 +64,16 @@ def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | Non
     return kernels() if device.type == "cpu" and fused and interpreted() else None
 
 
+def kernels_for(param: Tensor, fused: bool | None) -> ModuleType | None:
+    """The kernels that step `param`, None for the reference path."""
+    launch = device_kernels(param.device, fused)
+    grad = param.grad
+    if launch is None or not is_walkable(param):
+        return None
+    fits = grad is None or (is_plain(grad) and is_sharded_alike(param, grad))
+    return launch if fits else None
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is strided memory of a real floating dtype that kernels load.
 
@@ -84,6 +95,22 @@ def is_plain(tensor: Tensor) -> bool:
 def is_walkable(tensor: Tensor) -> bool:
     """Whether `tensor` is plain and without gaps, so that kernels can walk it in storage order."""
     return is_plain(tensor) and (local(tensor).is_contiguous() or _is_dense(local(tensor)))
+
+
+def is_walkable_with(param: Tensor, moments: Sequence[Tensor], counts: Sequence[Tensor]) -> bool:
+    """Whether kernels can walk the moments along with `param`, once they are laid out like it."""
+    return (
+        all(
+            moment.shape == param.shape
+            and moment.device == param.device
+            and is_walkable(moment)
+            and is_sharded_alike(param, moment)
+            for moment in moments
+        )
+        and all(count.device == param.device and count.dtype in DTYPES for count in counts)
+        and len({moment.dtype for moment in moments}) <= 1
+        and len({count.dtype for count in counts}) <= 1
+    )
 
 
 def _is_dense(tensor: Tensor) -> bool:

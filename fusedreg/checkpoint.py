@@ -133,7 +133,9 @@ def restore_state(
 
 def _count(problem: Callable[..., str], name: str, value: Any, param: Tensor) -> Tensor:
     """One number on the parameter's device, in a dtype that can count."""
-    count = torch.as_tensor(value)  # a Python number in a file older than torch 1.12
+    # A file older than torch 1.12 has a Python number. A default device would move a tensor.
+    number = not isinstance(value, Tensor)
+    count: Tensor = torch.as_tensor(value, device=param.device) if number else value
     if count.numel() != 1:
         raise ValueError(problem(f"of shape {tuple(count.shape)}", "but it is one number"))
     # Another class may have narrowed it: a bfloat16 count would stand still at 256.

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fusedreg.dist import Spread, local, sharded_as, spread_of
 from fusedreg.scalars import wide_dtype
 
 
@@ -52,6 +53,30 @@ def global_norm(grads: Iterable[Tensor], device: torch.device) -> Tensor:
     if not norms:
         return torch.zeros((), dtype=wide_dtype(device), device=device)
     return _norm(torch.stack(norms))
+
+
+def norms_by_spread(
+    spreads: Iterable[Spread | None],
+    params: Iterable[Tensor],
+    more: Iterable[tuple[Spread | None, Tensor]],
+    device: torch.device,
+) -> dict[Spread | None, Tensor]:
+    """What :func:`fusedreg.dist.total_norm` sums: a norm for each way to be spread over ranks.
+
+    Args:
+        spreads: all that there are on any rank, also without a gradient here.
+        params: parameters whose gradients count, where they have one.
+        more: vectors whose norms are those of further gradients.
+        device: where the results shall be.
+    """
+    parts: dict[Spread | None, list[Tensor]] = {None: []}
+    parts.update({spread: [] for spread in spreads})
+    for param in params:
+        if param.grad is not None:
+            parts[spread_of(param)].append(local(sharded_as(param, param.grad)))
+    for spread, norms in more:
+        parts[spread].append(norms)
+    return {spread: global_norm(tensors, device) for spread, tensors in parts.items()}
 
 
 def clip_factor(norm: Tensor, max_grad_norm: float) -> Tensor:

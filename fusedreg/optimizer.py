@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from copy import copy
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -23,7 +22,7 @@ from fusedreg.checks import (
 from fusedreg.dist import Spread, local
 from fusedreg.engine import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.inventory import Inventory
-from fusedreg.norms import clip_factor, global_norm
+from fusedreg.norms import clip_factor, norms_by_spread
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Flag, Number, number
 
@@ -209,7 +208,7 @@ class FusedOptimizer(Optimizer):
         its group says fused=False or triton is missing. All others take the reference path.
         """
         found = {
-            "reference" if self._kernels_for(group, param) is None else "triton"
+            "reference" if backend.kernels_for(param, group["fused"]) is None else "triton"
             for group in self.param_groups
             for param in group["params"]
         }
@@ -322,7 +321,7 @@ class FusedOptimizer(Optimizer):
             for index, group in enumerate(self.param_groups)
             for param in group["params"]
             if (param.grad is not None or param in self.state or param in known)
-            and self._kernels_for(group, param) is not None
+            and backend.kernels_for(param, group["fused"]) is not None
         }
         if len({param for _, params in work for param in params}) < sum(len(p) for _, p in work):
             raise ValueError("some parameters appear in more than one parameter group")
@@ -345,39 +344,20 @@ class FusedOptimizer(Optimizer):
             self._plan = Plan(inventory, state)
         return rest
 
-    def _kernels_for(self, group: Settings, param: Tensor) -> ModuleType | None:
-        """The kernels that step `param`, None for the reference path."""
-        launch = backend.device_kernels(param.device, group["fused"])
-        grad = param.grad
-        if launch is None or not backend.is_walkable(param):
-            return None
-        fits = grad is None or (backend.is_plain(grad) and dist.is_sharded_alike(param, grad))
-        return launch if fits else None
-
     def _states_are_walkable(self, group: Settings, param: Tensor) -> bool:
         """Whether kernels can walk the state along with `param`, which is laid out for that."""
         state = self.state.get(param, {})
         names = self.states(group)
         if any(name not in state for name in names):
             return False  # no gradient yet
-        moments = {name: state[name] for name in names}
         counts = [state[name] for name in self.scalar_states if name in state]
-        for name, moment in moments.items():
-            if moment.shape != param.shape or moment.device != param.device:
-                return False
-            if not backend.is_walkable(moment):
-                return False
-            if not dist.is_sharded_alike(param, moment):
-                return False
-            if not backend.same_layout(local(param), local(moment)):
-                state[name] = torch.empty_like(param, dtype=moment.dtype).copy_(moment)
-        return (
-            len({moment.dtype for moment in moments.values()}) <= 1
-            and len({count.dtype for count in counts}) <= 1
-            and all(
-                count.device == param.device and count.dtype in backend.DTYPES for count in counts
-            )
-        )
+        if not backend.is_walkable_with(param, [state[name] for name in names], counts):
+            return False
+        for name in names:
+            if not backend.same_layout(local(param), local(state[name])):
+                laid_out = torch.empty_like(param, dtype=state[name].dtype)
+                state[name] = laid_out.copy_(state[name])
+        return True
 
     def _collect(self, without: Container[Tensor] = ()) -> Work:
         """The groups with those of their parameters that have a gradient; raises on bad input."""
@@ -444,20 +424,6 @@ class FusedOptimizer(Optimizer):
         """Whether a norm is summed over ranks."""
         return self._process_group is not None or any(self._spreads())
 
-    def _norms_here(
-        self, plan: Plan | None, params: Iterable[Tensor], device: torch.device
-    ) -> dict[Spread | None, Tensor]:
-        """The norm of what is here of all gradients, for each way they are spread over ranks."""
-        parts: dict[Spread | None, list[Tensor]] = {None: []}
-        parts.update({spread: [] for spread in self._spreads()})
-        for param in params:
-            if param.grad is not None:
-                grad = dist.sharded_as(param, param.grad)
-                parts[dist.spread_of(param)].append(local(grad))
-        for spread, norms in [] if plan is None else plan.norms():
-            parts[spread].append(norms)
-        return {spread: global_norm(tensors, device) for spread, tensors in parts.items()}
-
     def _run_plan(self, plan: Plan, device: torch.device) -> None:
         """Step where kernels on one device do everything, the norm too."""
         found_inf = getattr(self, "found_inf", None)
@@ -492,7 +458,8 @@ class FusedOptimizer(Optimizer):
         skip: Flag = False if found_inf is None else found_inf != 0
         if self._needs_norm():
             params = [param for _, params in rest for param in params]
-            norms = self._norms_here(plan, params, device)
+            more = [] if plan is None else plan.norms()
+            norms = norms_by_spread(self._spreads(), params, more, device)
             norm = dist.total_norm(norms, self.process_group) * scale
             self._grad_norm = norm.to(torch.float32)
             if self.skip_nonfinite:
@@ -521,7 +488,7 @@ class FusedOptimizer(Optimizer):
         talks = spans_ranks and not any(isinstance(lr, Tensor) for lr in lrs)
         if not (first or talks):
             return False
-        norms = self._norms_here(None, self._params(), device)
+        norms = norms_by_spread(self._spreads(), self._params(), [], device)
         if not first:
             norms = {spread: torch.full_like(norm, torch.inf) for spread, norm in norms.items()}
         norm = dist.total_norm(norms, self.process_group) if talks else sum(norms.values())

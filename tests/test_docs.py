@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pytest
+from pages import PAGES, ROOT, Example, blocks, examples, run
 
 import fusedreg
 
-ROOT = Path(__file__).parent.parent
-PAGES = [
-    page
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "bench/*.md")
-    for page in sorted(ROOT.glob(pattern))
-]
 CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def python_examples() -> list[object]:
-    """Each python block with the text block that follows it at once, which is what it prints."""
-    fence = r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?"
+def examples_here() -> list[object]:
+    """The python blocks that need neither several processes nor a GPU nor other packages."""
+    elsewhere = {*pages.OF_RANKS, *pages.OF_TRAINERS, *pages.ON_A_GPU}
     return [
-        pytest.param(code, printed, id=f"{page.relative_to(ROOT)}-{index}")
+        pytest.param(example, id=f"{page.relative_to(ROOT)}-{index}")
         for page in PAGES
-        for index, (code, printed) in enumerate(
-            re.findall(fence, page.read_text(), re.DOTALL | re.MULTILINE)
-        )
+        for index, example in enumerate(examples(page))
+        if example.section not in elsewhere
     ]
 
 
@@ -48,12 +36,9 @@ def formula(cls: type) -> str:
     return inspect.cleandoc(found.group(1))
 
 
-@pytest.mark.parametrize(("code", "printed"), python_examples())
-def test_python_block_prints_what_the_page_says(code: str, printed: str) -> None:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(compile(code, "<block>", "exec"), {"__name__": "__main__"})
-    assert out.getvalue() == printed
+@pytest.mark.parametrize("example", examples_here())
+def test_python_block_prints_what_the_page_says(example: Example) -> None:
+    run(example)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -160,9 +160,9 @@ def test_a_stateless_optimizer_looks_for_gradients_of_zeros_once(
 ) -> None:
     """That look costs a norm, and is there for the step that only creates state."""
     calls = []
-    norm = fusedreg.optimizer.global_norm
+    norm = fusedreg.optimizer.norms_by_spread
     monkeypatch.setattr(
-        fusedreg.optimizer, "global_norm", lambda *args: (calls.append(1), norm(*args))[1]
+        fusedreg.optimizer, "norms_by_spread", lambda *args: (calls.append(1), norm(*args))[1]
     )
     param = torch.nn.Parameter(torch.ones(2))
     optimizer = fusedreg.SGD([param], lr=torch.tensor(0.1), **PATHS[path])

@@ -1,0 +1,357 @@
+"""Files of every kind go in and out; one that cannot be right is refused and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import fusedreg
+
+from cases import CASES, SOME, Case, by_id, parameters, run
+from compare import frozen, parameters_of, refused, results, snapshot
+
+CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
+SHAPES = [(0,), (5, 3), ()]
+
+Spoil = Callable[[dict[str, Any]], Any]
+
+
+def assert_continues(optimizer: Any, resumed: Any) -> None:
+    for each in (optimizer, resumed):
+        run(each, 2, first_seed=50)
+    assert results(optimizer) == results(resumed)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", **by_id([c for c in CASES if c.penalty != "decay"]))
+def test_low_precision_run_resumes_from_a_file(
+    case: Case, state_dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    params = parameters(dtype=torch.bfloat16, shapes=SHAPES)
+    optimizer = case.make(params, state_dtype=state_dtype)
+    run(optimizer, 2)
+    torch.save([params, optimizer.state_dict()], tmp_path / "run")
+    values, saved = torch.load(tmp_path / "run", weights_only=True)
+    given = frozen(saved)
+    resumed = case.make([nn.Parameter(value) for value in values], state_dtype=state_dtype)
+    resumed.load_state_dict(saved)
+    for state in resumed.state.values():
+        for name in state.keys() & set(case.cls.tensor_states):
+            assert state[name].dtype == (state_dtype or torch.bfloat16)
+    assert_continues(optimizer, resumed)
+    assert frozen(saved) == given  # the optimizer shares no memory with what it loaded
+
+
+@pytest.mark.parametrize("case", **by_id(SOME))
+def test_truncated_file_stops_before_the_optimizer(case: Case, tmp_path: Path) -> None:
+    optimizer, file = case.make(parameters(shapes=SHAPES)), tmp_path / "run"
+    run(optimizer, 1)
+    torch.save(optimizer.state_dict(), file)
+    whole = file.read_bytes()
+    before = snapshot(optimizer)
+    for kept in (0.0, 0.1, 0.5, 0.9, 0.99):
+        file.write_bytes(whole[: int(kept * len(whole))])
+        # Which of them torch raises depends on where the file ends.
+        with pytest.raises((EOFError, OSError, RuntimeError)):
+            optimizer.load_state_dict(torch.load(file, weights_only=True))
+        assert snapshot(optimizer) == before
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_keys_that_others_put_into_a_group_come_with_the_file(cls: type) -> None:
+    optimizer, resumed = (cls(parameters(shapes=SHAPES)) for _ in range(2))
+    optimizer.param_groups[0].update({"initial_lr": 0.5, "mine": [1]})
+    resumed.param_groups[0]["own"] = 2
+    resumed.load_state_dict(optimizer.state_dict())
+    group = resumed.param_groups[0]
+    optimizer.param_groups[0]["mine"].append(3)
+    assert (group["initial_lr"], group["mine"], group["own"]) == (0.5, [1], 2)
+
+
+# ---- options that are turned on after the file was written ---------------------------------------
+
+LATER: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "momentum": (fusedreg.SGD, {}, {"momentum": 0.9}),
+    "nesterov": (fusedreg.SGD, {"momentum": 0.9}, {"nesterov": True}),
+    "sgd_l1": (fusedreg.SGD, {"momentum": 0.9}, {"l1": 0.1}),
+    "momentum_and_l1": (fusedreg.SGD, {}, {"momentum": 0.9, "l1": 0.1}),
+    "amsgrad": (fusedreg.Adam, {}, {"amsgrad": True}),
+    "adam_l1": (fusedreg.AdamW, {}, {"l1": 0.1}),
+}
+
+
+@pytest.mark.parametrize("edited", ["file", "group"])
+@pytest.mark.parametrize(("cls", "before", "later"), LATER.values(), ids=LATER)
+def test_file_from_before_an_option_was_turned_on(
+    cls: type, before: dict[str, Any], later: dict[str, Any], edited: str
+) -> None:
+    """What the option needs is created by the next step, as where it is turned on in a run."""
+    optimizer = cls(parameters(shapes=SHAPES), lr=0.1, **before)
+    run(optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    params = [nn.Parameter(param.detach().clone()) for param in parameters_of(optimizer)]
+    resumed = cls(params, **before, **later)
+    if edited == "file":
+        saved["param_groups"][0].update(later)
+    resumed.load_state_dict(saved)
+    resumed.param_groups[0].update(later)
+    optimizer.param_groups[0].update(later)
+    assert_continues(optimizer, resumed)
+
+
+# ---- torch.distributed.checkpoint ----------------------------------------------------------------
+
+WAYS = {
+    "nested": StateDictOptions(),
+    "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@pytest.fixture
+def _process_group(tmp_path: Path) -> Iterator[None]:
+    """One CPU rank."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def build(case: Case, **options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    return model, case.make(model.parameters(), **options)
+
+
+@pytest.mark.usefixtures("_process_group")
+@ways
+@pytest.mark.parametrize("penalty", ["none", "elastic_net"])
+@pytest.mark.parametrize(
+    "rule", ["sgd_momentum", "sgd_dampening", "sgd_nesterov", "adam_amsgrad", "adamw"]
+)
+def test_run_resumes_from_a_distributed_checkpoint(
+    rule: str, penalty: str, way: StateDictOptions, tmp_path: Path
+) -> None:
+    """Read into a new optimizer, whose state a step with lr 0 creates."""
+    (case,) = (each for each in CASES if (each.rule, each.penalty) == (rule, penalty))
+    model, optimizer = build(case, max_grad_norm=0.5)
+    run(optimizer, 2)
+    saved = {
+        "model": model.state_dict(),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=way),
+    }
+    dcp.save(saved, checkpoint_id=tmp_path / "run")
+    twin, resumed = build(case, max_grad_norm=0.5)
+    fresh = frozen(list(twin.parameters()))
+    found = {
+        "model": twin.state_dict(),
+        "optimizer": get_optimizer_state_dict(twin, resumed, options=way),
+    }
+    assert frozen(list(twin.parameters())) == fresh
+    dcp.load(found, checkpoint_id=tmp_path / "run")
+    twin.load_state_dict(found["model"])
+    set_optimizer_state_dict(twin, resumed, found["optimizer"], options=way)
+    assert_continues(optimizer, resumed)
+
+
+@ways
+@pytest.mark.parametrize("case", **by_id([c for c in CASES if c.penalty in ("none", "l1_prox")]))
+def test_asking_for_the_state_before_training_changes_nothing(
+    case: Case, way: StateDictOptions
+) -> None:
+    (model, asked), (_, plain) = build(case), build(case)
+    before = frozen(parameters_of(asked))
+    get_optimizer_state_dict(model, asked, options=way)
+    assert frozen(parameters_of(asked)) == before
+    assert_continues(asked, plain)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+@pytest.mark.parametrize("case", **by_id(SOME))
+def test_state_of_a_parameter_that_never_had_a_gradient(case: Case, flat: bool) -> None:
+    """Flattened, torch gives back an empty dict for each state that the file lacks."""
+    way = StateDictOptions(flatten_optimizer_state_dict=flat, strict=False)
+    model, optimizer = build(case)
+    model[1].requires_grad_(False)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    model[1].requires_grad_(True)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=way))
+    twin, resumed = build(case)
+    twin.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(twin, resumed, saved, options=way)
+    assert not resumed.state.get(twin[1].weight)
+    assert_continues(optimizer, resumed)
+
+
+# ---- files that cannot be right ------------------------------------------------------------------
+
+# What of it is in every file; the rest is of options that may have been turned on since.
+STATES = {"SGD": [], "Adam": ["step", "exp_avg", "exp_avg_sq"]}
+STATES["AdamW"] = STATES["Adam"]
+LAST = len(SHAPES) - 1
+"""The parameter whose state is spoiled: all before it are good."""
+
+
+def trained(cls: type, seed: int = 0) -> Any:
+    """Two groups, one parameter without a gradient, state of every kind, and a clip."""
+    params = parameters(seed, shapes=[*SHAPES, (2,)])
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}]
+    options = {"momentum": 0.9} if cls is fusedreg.SGD else {"amsgrad": True}
+    optimizer = cls(groups, lr=0.1, l1=0.1, max_grad_norm=1.0, **options)
+    run(optimizer, 1)
+    optimizer.state.pop(params[3])
+    return optimizer
+
+
+def assert_refused(cls: type, spoil: Spoil, message: str) -> None:
+    """Loading what `spoil` makes of a good file, or returns, changes nothing at all."""
+    optimizer, other = trained(cls), trained(cls, seed=1)
+    saved = copy.deepcopy(other.state_dict())
+    spoiled = spoil(saved)
+    with refused(optimizer, ValueError, message):
+        optimizer.load_state_dict(saved if spoiled is None else spoiled)
+
+
+NO_FILE: dict[str, Spoil] = {
+    "list": lambda saved: [saved],
+    "tensor": lambda saved: torch.ones(3),
+    "number": lambda saved: 3,
+    "empty": lambda saved: {},
+    "weights": lambda saved: nn.Linear(3, 2).state_dict(),
+    "whole_training": lambda saved: {"model": {}, "optimizer": saved},
+    "no_state": lambda saved: {"param_groups": saved["param_groups"]},
+    "no_groups": lambda saved: {"state": saved["state"]},
+    "state_of_another_kind": lambda saved: {**saved, "state": [*saved["state"].values()]},
+    "groups_of_another_kind": lambda saved: {**saved, "param_groups": saved["param_groups"][0]},
+    "no_params": lambda saved: {**saved, "param_groups": [{"lr": 0.1}, {"lr": 0.1}]},
+}
+
+
+@pytest.mark.parametrize("spoil", NO_FILE.values(), ids=NO_FILE)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_is_no_state_dict_is_refused(cls: type, spoil: Spoil) -> None:
+    assert_refused(cls, spoil, "^loaded state dict (is no dict|lacks)")
+
+
+def test_a_hook_may_make_a_state_dict_of_what_is_none() -> None:
+    optimizer, other = trained(fusedreg.AdamW), trained(fusedreg.AdamW, seed=1)
+    optimizer.register_load_state_dict_pre_hook(lambda _, whole: whole["optimizer"])
+    optimizer.load_state_dict({"epoch": 3, "optimizer": other.state_dict()})
+    assert frozen(optimizer.state_dict()) == frozen(other.state_dict())
+
+
+def one_group(saved: dict[str, Any]) -> None:
+    saved["param_groups"].pop()
+
+
+def three_groups(saved: dict[str, Any]) -> None:
+    saved["param_groups"].append({**saved["param_groups"][1], "params": []})
+
+
+def parameter_too_few(saved: dict[str, Any]) -> None:
+    saved["param_groups"][1]["params"].pop()
+
+
+def parameter_too_many(saved: dict[str, Any]) -> None:
+    saved["param_groups"][1]["params"].append(9)
+
+
+def bad_number(saved: dict[str, Any]) -> None:
+    saved["param_groups"][1]["lr"] = math.nan
+
+
+def state_of_nobody(saved: dict[str, Any]) -> None:
+    saved["state"][9] = saved["state"][LAST]
+
+
+MISFITS = [
+    (one_group, "^loaded state dict has a different number of parameter groups"),  # torch's words
+    (three_groups, "^loaded state dict has a different number of parameter groups"),
+    (parameter_too_few, "^loaded state dict .* doesn't match the size of optimizer's group"),
+    (parameter_too_many, "^loaded state dict .* doesn't match the size of optimizer's group"),
+    (bad_number, "^Invalid learning rate: nan"),
+    (state_of_nobody, "^loaded state dict .*9"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), MISFITS, ids=[each[0].__name__ for each in MISFITS])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_groups_that_do_not_fit_are_refused(cls: type, spoil: Spoil, message: str) -> None:
+    assert_refused(cls, spoil, message)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(cls, name) for cls in CLASSES for name in STATES[cls.__name__]]
+)
+def test_incomplete_state_is_refused(cls: type, name: str) -> None:
+    def spoil(saved: dict[str, Any]) -> None:
+        del saved["state"][LAST][name]
+
+    assert_refused(cls, spoil, f"^loaded state dict lacks '{name}' for parameter {LAST}")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_state_of_another_class_is_refused(cls: type) -> None:
+    foreign = fusedreg.Adam if cls is fusedreg.SGD else fusedreg.SGD
+
+    def spoil(saved: dict[str, Any]) -> None:
+        saved["state"][LAST] = copy.deepcopy(trained(foreign).state_dict()["state"][LAST])
+
+    keys = "|".join(trained(foreign).state_dict()["state"][LAST])
+    message = f"'({keys})' for parameter {LAST}, which {cls.__name__} does not keep"
+    assert_refused(cls, spoil, f"^loaded state dict contains {message}")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 4), (15,), (1, 5, 3), (1,), (), (0,)], ids=str)
+@pytest.mark.parametrize(
+    ("cls", "name"), [(cls, name) for cls in CLASSES for name in cls.tensor_states]
+)
+def test_state_of_another_shape_is_refused(cls: type, name: str, shape: tuple[int, ...]) -> None:
+    """Also where it would broadcast."""
+
+    def spoil(saved: dict[str, Any]) -> None:
+        saved["state"][1][name] = torch.ones(shape, dtype=torch.float64)
+
+    shown = re.escape(str(shape))
+    assert_refused(cls, spoil, f"^loaded state dict contains '{name}' of shape {shown}")
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(cls, name) for cls in CLASSES for name in cls.scalar_states]
+)
+def test_count_of_another_shape_is_refused(cls: type, name: str) -> None:
+    def spoil(saved: dict[str, Any]) -> None:
+        saved["state"][1][name] = torch.ones(2)
+
+    assert_refused(cls, spoil, rf"^loaded state dict contains '{name}' of shape \(2,\)")
+
+
+@pytest.mark.parametrize("value", [0.5, "warm", [1.0]], ids=repr)
+@pytest.mark.parametrize(
+    ("cls", "name"), [(cls, name) for cls in CLASSES for name in cls.tensor_states]
+)
+def test_state_that_is_no_tensor_is_refused(cls: type, name: str, value: object) -> None:
+    def spoil(saved: dict[str, Any]) -> None:
+        saved["state"][1][name] = value
+
+    assert_refused(cls, spoil, f"^loaded state dict contains '{name}'")

@@ -2,16 +2,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# The trainers' packages stay out of .venv, so that nothing comes to need them.
+INTEGRATION := .venv-integration
 # The environment of the wheel has nothing but the wheel, so that it finds what the wheel forgot.
 WHEEL_PYTHON := .venv-wheel/bin/python
 
-.PHONY: demo test test-triton bench lint types wheel clean
+.PHONY: demo test test-integration test-triton bench lint types wheel clean
 
 demo: $(READY)  ## train on real data, compare with scikit-learn and torch.optim, draw the figures
 	$(BIN)/fusedreg demo
 
 test: $(READY)  ## the whole suite with branch coverage
 	$(BIN)/pytest -n 2 --benchmark-disable --cov
+
+test-integration: $(INTEGRATION)/.ready  ## train with transformers, accelerate and lightning
+	$(INTEGRATION)/bin/pytest tests/integration
+
+$(INTEGRATION)/.ready: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv $(INTEGRATION)
+	$(INTEGRATION)/bin/python -m pip install -c constraints.txt -e '.[integration]'
+	touch $@
 
 # Other tritons than the pinned one: the one before, and the newest.
 TRITONS := 3.6.0 3.9.0
@@ -48,7 +58,7 @@ wheel: $(READY)  ## build the wheel, install it alone, use it from another direc
 	cd / && $(CURDIR)/$(WHEEL_PYTHON) $(CURDIR)/.ci/smoke.py
 
 clean:
-	rm -rf .venv .venv-wheel .triton build dist *.egg-info
+	rm -rf .venv .venv-wheel $(INTEGRATION) .triton build dist *.egg-info
 
 $(READY): pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from copy import copy
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -33,6 +35,26 @@ Work = list[tuple[dict[str, Any], list[Tensor]]]
 """Groups, each with those of its parameters that are stepped."""
 
 
+@dataclass
+class Own:
+    """What belongs to the optimizer and not to a param group.
+
+    One object of the instance, because a wrapper may share the class and forward what it lacks, as
+    Lightning's do: its properties then read and write what is the optimizer's.
+    """
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    process_group: str | None = None
+    grad_norm: Tensor | None = None
+    skipped_steps: Tensor | None = None
+    launches: int = 0
+
+
+LIGHTNING = ("lightning_fabric.plugins.precision.amp", "lightning.fabric.plugins.precision.amp")
+"""Where Lightning, under either name, asks whether an optimizer unscales gradients by itself."""
+
+
 class FusedOptimizer(Optimizer):
     """Base class: clipping, penalties, loss scaling, skipping and checkpoints around one rule.
 
@@ -51,26 +73,13 @@ class FusedOptimizer(Optimizer):
     device_options: tuple[str, ...]
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
 
-    # What belongs to the optimizer and not to a param group. Class attributes, so that an optimizer
-    # pickled by an older version has them too.
-    _max_grad_norm: float | None = None
-    _skip_nonfinite: bool = False
-    _grad_norm: Tensor | None = None
-    _skipped_steps: Tensor | None = None
+    # Class attributes, so that an optimizer pickled by an older version has them too.
     _has_stepped: bool = False
-    _process_group: str | None = None
     _splitter: str | None = None
-    _launches: int = 0
     # Addresses are of this process and these tensors: a copy makes its own plan.
     _plan: Plan | None = None
     _captured: tuple[Plan, ...] = ()
     _kept_by_pickle: ClassVar[tuple[str, ...]] = (
-        "_max_grad_norm",
-        "_skip_nonfinite",
-        "_grad_norm",
-        "_skipped_steps",
-        "_launches",
-        "_process_group",
         "_splitter",
         "_optimizer_step_pre_hooks",
         "_optimizer_step_post_hooks",
@@ -89,6 +98,7 @@ class FusedOptimizer(Optimizer):
         skip_nonfinite: bool,
         process_group: ProcessGroup | None,
     ) -> None:
+        self._own = Own()
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.process_group = process_group
@@ -141,7 +151,7 @@ class FusedOptimizer(Optimizer):
 
         `float("inf")` computes `grad_norm` and clips nothing. May be set at any time.
         """
-        return self._max_grad_norm
+        return self._own.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
@@ -150,16 +160,16 @@ class FusedOptimizer(Optimizer):
         if value is not None:
             check_number("max_grad_norm", value)
             value = float(value)
-        self._max_grad_norm = value
+        self._own.max_grad_norm = value
 
     @property
     def skip_nonfinite(self) -> bool:
         """Whether a step whose gradient norm is inf or NaN changes nothing. May be set any time."""
-        return self._skip_nonfinite
+        return self._own.skip_nonfinite
 
     @skip_nonfinite.setter
     def skip_nonfinite(self, value: bool) -> None:
-        self._skip_nonfinite = bool(value)
+        self._own.skip_nonfinite = bool(value)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -171,12 +181,12 @@ class FusedOptimizer(Optimizer):
         parameter that several ranks have is counted once for each. May be set at any time, on all
         ranks; every rank of the group must then step.
         """
-        group: ProcessGroup | None = dist.group_of(self._process_group)
+        group: ProcessGroup | None = dist.group_of(self._own.process_group)
         return group
 
     @process_group.setter
     def process_group(self, value: ProcessGroup | None) -> None:
-        self._process_group = dist.name_of(value)
+        self._own.process_group = dist.name_of(value)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -186,7 +196,7 @@ class FusedOptimizer(Optimizer):
         above 3.4e38 reads inf, while the clip factor is still right). None if the last step did not
         compute it, which takes `max_grad_norm` (`float("inf")` will do) or `skip_nonfinite`.
         """
-        return self._grad_norm
+        return self._own.grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -196,9 +206,9 @@ class FusedOptimizer(Optimizer):
         A live 0-dim int64 tensor on the device of the first parameter that had a gradient; reading
         its value waits for that device.
         """
-        if self._skipped_steps is None:
-            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=self._home())
-        return self._skipped_steps
+        if self._own.skipped_steps is None:
+            self._own.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._home())
+        return self._own.skipped_steps
 
     @property
     def backend(self) -> str:
@@ -217,7 +227,7 @@ class FusedOptimizer(Optimizer):
     @property
     def launches(self) -> int:
         """How many kernels the last step launched on all devices; 0 on the reference path."""
-        return self._launches
+        return self._own.launches
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -232,6 +242,10 @@ class FusedOptimizer(Optimizer):
 
         Read from the groups, so that a copy or an unpickled optimizer has it too.
         """
+        # Lightning clips no gradients where it sees this, though GradScaler lets such an optimizer
+        # step with gradients that were unscaled before. So it unscales and clips, and this skips.
+        if sys._getframe(1).f_globals.get("__name__") in LIGHTNING:
+            return False
         return any(group["fused"] for group in self.param_groups)
 
     # ---- one step ------------------------------------------------------------------------------
@@ -267,8 +281,8 @@ class FusedOptimizer(Optimizer):
         self._check_norm_is_global()
         first = not (self.state or self._has_stepped)
         plan, rest = self._gather()
-        self._grad_norm = None
-        self._launches = 0
+        self._own.grad_norm = None
+        self._own.launches = 0
         frozen = self._only_creates_state(first)
         nothing = plan is None and not rest
         # Other ranks may step what this one has no gradient for, and all must agree on the first.
@@ -276,7 +290,7 @@ class FusedOptimizer(Optimizer):
         if nothing and not self._needs_norm():
             return loss
         device = None if plan is None or rest or frozen is not False else plan.device
-        if plan is not None and device is not None and self._process_group is None:
+        if plan is not None and device is not None and self._own.process_group is None:
             self._run_plan(plan, device)
         else:
             scale, skip = self._scale_and_skip(plan, rest)
@@ -286,7 +300,7 @@ class FusedOptimizer(Optimizer):
             for group, params in rest:
                 self._update(group, params, scale, skip)
         if plan is not None:
-            self._launches = plan.launches
+            self._own.launches = plan.launches
         return loss
 
     # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
@@ -406,7 +420,7 @@ class FusedOptimizer(Optimizer):
                 f"{what}, which are not there inside a backward pass: call step() after it, or "
                 "construct the optimizers of apply_optimizer_in_backward without the two"
             )
-        if self._splitter is not None and self._process_group is None:
+        if self._splitter is not None and self._own.process_group is None:
             raise RuntimeError(
                 f"{what}, but {self._splitter} gives each rank a part of the parameters: say over "
                 "which ranks with process_group=torch.distributed.group.WORLD (a keyword of the "
@@ -422,18 +436,18 @@ class FusedOptimizer(Optimizer):
 
     def _spans_ranks(self) -> bool:
         """Whether a norm is summed over ranks."""
-        return self._process_group is not None or any(self._spreads())
+        return self._own.process_group is not None or any(self._spreads())
 
     def _run_plan(self, plan: Plan, device: torch.device) -> None:
         """Step where kernels on one device do everything, the norm too."""
         found_inf = getattr(self, "found_inf", None)
         skipped = grad_norm = None
         if found_inf is not None or self.skip_nonfinite:
-            if self._skipped_steps is None and plan.capturing():
+            if self._own.skipped_steps is None and plan.capturing():
                 raise RuntimeError(NOT_BEFORE_CAPTURE)  # each replay would set it to 0
-            if self._skipped_steps is None:
-                self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-            skipped = self._skipped_steps = self._skipped_steps.to(device)
+            if self._own.skipped_steps is None:
+                self._own.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+            skipped = self._own.skipped_steps = self._own.skipped_steps.to(device)
         if self._needs_norm():
             grad_norm = torch.empty((), dtype=torch.float32, device=device)
         plan.run(
@@ -444,7 +458,7 @@ class FusedOptimizer(Optimizer):
             grad_norm=grad_norm,
             skipped=skipped,
         )
-        self._grad_norm = grad_norm
+        self._own.grad_norm = grad_norm
 
     def _scale_and_skip(self, plan: Plan | None, rest: Work) -> tuple[Number, Flag]:
         """What multiplies every gradient of this step, and whether the step is skipped."""
@@ -461,13 +475,13 @@ class FusedOptimizer(Optimizer):
             more = [] if plan is None else plan.norms()
             norms = norms_by_spread(self._spreads(), params, more, device)
             norm = dist.total_norm(norms, self.process_group) * scale
-            self._grad_norm = norm.to(torch.float32)
+            self._own.grad_norm = norm.to(torch.float32)
             if self.skip_nonfinite:
                 skip = skip | number(~torch.isfinite(norm), device)
             if self.max_grad_norm is not None and self.max_grad_norm != float("inf"):
                 scale = scale * number(clip_factor(norm, self.max_grad_norm), device)
         if skip is not False:
-            self._skipped_steps = self.skipped_steps.to(device).add_(skip)
+            self._own.skipped_steps = self.skipped_steps.to(device).add_(skip)
         return scale, skip
 
     def _only_creates_state(self, first: bool) -> Flag:
@@ -573,10 +587,13 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle keep: unlike torch's, also own attributes and hooks."""
         own = {name: getattr(self, name) for name in self._kept_by_pickle}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_own": replace(self._own)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if not hasattr(self, "_own"):  # a wrapper has its optimizer's
+            old = {field.name: f"_{field.name}" for field in fields(Own)}  # names before 0.2
+            self._own = Own(**{name: state[key] for name, key in old.items() if key in state})
         self._plan = None
         for group in self.param_groups:
             for name, default in self.defaults.items():

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pages
 import pytest
-from pages import PAGES, ROOT, Example, blocks, examples, output
 
 import fusedreg
+
+import pages
+from pages import PAGES, ROOT, Example, blocks, examples, output
 
 CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pages
 import pytest
 import torch
+
+import pages
 from ranks import on_every_rank
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ def frozen(value: Any) -> Any:
             return kind
         dense = value.to_dense() if value.is_sparse else value
         packed = dense.clone(memory_format=torch.contiguous_format).flatten()
-        return (*kind, packed.view(torch.uint8).numpy().tobytes())
+        return (*kind, packed.view(torch.uint8).cpu().numpy().tobytes())
     if isinstance(value, dict):
         return {key: frozen(element) for key, element in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,6 +74,27 @@ def assert_close(
         real = e.dtype.to_real() if e.is_complex() else e.dtype
         largest = max(1.0, e.abs().max().item()) if e.numel() else 1.0
         torch.testing.assert_close(a.detach(), e.detach(), rtol=0, atol=ulps * ulp(real, largest))
+
+
+def assert_rounds_once(optimizer: torch.optim.Optimizer, make: Callable[..., Any]) -> None:
+    """A step of low-precision parameters is a float32 step, rounded when it is stored.
+
+    `make` makes an optimizer of the same options for other parameters.
+    """
+    params = parameters_of(optimizer)
+    wide = [torch.nn.Parameter(param.detach().float()) for param in params]
+    twin = make(wide)
+    twin.load_state_dict(optimizer.state_dict())  # which widens the states
+    for param, single in zip(params, wide, strict=True):
+        assert param.grad is not None
+        single.grad = param.grad.float()
+    optimizer.step()
+    twin.step()
+    for param, single in zip(params, wide, strict=True):
+        assert frozen(param) == frozen(single.to(param.dtype))
+        exact = twin.state.get(single, {})
+        for name, state in optimizer.state.get(param, {}).items():
+            assert frozen(state) == frozen(exact[name].to(state.dtype))
 
 
 def neighbours_apart(actual: torch.Tensor, expected: torch.Tensor) -> int:

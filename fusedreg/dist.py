@@ -71,8 +71,8 @@ def spread_of(param: Any) -> Spread | None:
 def total_norm(norms: Mapping[Spread | None, Tensor], group: Any) -> Tensor:
     """The norm over all ranks, from the norms of what each of them has.
 
-    All ranks must call it with the same spreads in the same order. It makes one all-reduce of a
-    squared norm for each mesh that spreads anything, and one for `group`. Only a mesh that spreads
+    All ranks must call it with the same spreads in the same order. It makes one all-reduce of
+    squared norms for each mesh that spreads anything, and one for `group`. Only a mesh that spreads
     along several dimensions and is not the whole world takes one for each of them.
 
     Args:
@@ -86,12 +86,26 @@ def total_norm(norms: Mapping[Spread | None, Tensor], group: Any) -> Tensor:
             meshes.setdefault(spread.mesh, {})[spread] = norm
     if group is None and not meshes:
         return norms[None]
-    squares = norms[None].square()
+    squares = _squares(norms[None])
     for mesh, parts in meshes.items():
         squares = squares + _sum_over_mesh(mesh, parts)
     if group is not None:
         torch.distributed.all_reduce(squares, group=group)
-    return squares.sqrt()
+    return _root(squares)
+
+
+SCALE = 2.0**500
+
+
+def _squares(norm: Tensor) -> Tensor:
+    """The square of a norm, and of a part of it that does not overflow where the norm does."""
+    return torch.stack([norm, norm / SCALE]).square()
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The norm that sums of `_squares` stand for."""
+    plain, scaled = squares.sqrt()
+    return torch.where(plain == torch.inf, scaled * SCALE, plain)
 
 
 def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:
@@ -99,10 +113,10 @@ def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:
     dims = sorted({dim for spread in norms for dim in spread.dims})
     squares = torch.stack(
         [
-            norm.square() / math.prod(mesh.size(dim) for dim in dims if dim not in spread.dims)
+            _squares(norm) / math.prod(mesh.size(dim) for dim in dims if dim not in spread.dims)
             for spread, norm in norms.items()
         ]
-    ).sum()
+    ).sum(dim=0)
     if len(dims) == mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():
         torch.distributed.all_reduce(squares)
     else:

@@ -246,6 +246,9 @@ class FusedOptimizer(Optimizer):
         # step with gradients that were unscaled before. So it unscales and clips, and this skips.
         if sys._getframe(1).f_globals.get("__name__") in LIGHTNING:
             return False
+        # What overflowed here is not all that did: the scaler must ask the other ranks.
+        if self._own.process_group is not None or self._splitter is not None:
+            return False
         return any(group["fused"] for group in self.param_groups)
 
     # ---- one step ------------------------------------------------------------------------------
@@ -375,6 +378,9 @@ class FusedOptimizer(Optimizer):
 
     def _collect(self, without: Container[Tensor] = ()) -> Work:
         """The groups with those of their parameters that have a gradient; raises on bad input."""
+        if self._splitter is None:  # parameters may be split after the optimizer was made
+            self._splitter = dist.splitter_of(self._params())
+            self._check_norm_is_global()
         work = []
         for which, group in enumerate(self.param_groups):
             self._check_group(group)

@@ -11,7 +11,7 @@ import torch
 
 import fusedreg
 
-from cases import KERNEL_CASES, PATHS, SOME
+from cases import CASES, KERNEL_CASES, PATHS
 
 if not torch.cuda.is_available():
     # Without a GPU, fused=True has its kernels interpreted. Triton reads this when it is imported.
@@ -38,13 +38,24 @@ def _seed() -> Iterator[None]:
     assert torch.get_default_dtype() == dtype
 
 
+SAME_CODE = ("default", "foreach", "fused")
+"""Paths that run what another runs: on a CPU the first two are the reference, by other flags."""
+NO_OTHER_CODE = set(CASES) - set(KERNEL_CASES)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Interpreted steps are slow: all cases meet the oracle and torch, KERNEL_CASES the rest."""
+    """All cases meet the oracle; KERNEL_CASES, which run all the code, meet the rest.
+
+    The others are left out on paths that are slow, or run the code of another, and are not measured
+    for coverage, which takes as long again.
+    """
     kept, left_out = [], []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        again = params.get("path") == "fused" and params.get("case", SOME[0]) not in KERNEL_CASES
-        all_cases = item.path.stem in ("test_oracle", "test_torch_parity")
-        (left_out if again and not all_cases else kept).append(item)
+        again = params.get("case") in NO_OTHER_CODE
+        if again:
+            item.add_marker("no_cover")
+        again = again and params.get("path") in SAME_CODE and item.path.stem != "test_oracle"
+        (left_out if again else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)

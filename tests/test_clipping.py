@@ -199,9 +199,10 @@ def test_order_and_grouping_do_not_matter(case: Case, path: str) -> None:
 
 
 def test_thousands_of_tensors_have_one_exact_norm_in_every_run(path: str) -> None:
-    grads = [torch.randn(1 + index % 13) * 10.0 ** (index % 5) for index in range(2000)]
+    count = 300 if path == "fused" else 2000  # interpreted, each takes milliseconds
+    grads = [torch.randn(1 + index % 13) * 10.0 ** (index % 5) for index in range(count)]
     grads[::7] = [grad.to(torch.bfloat16) for grad in grads[::7]]
-    grads[0] = grads[1000] = grads[-1] = torch.zeros(0)
+    grads[0] = grads[count // 2] = grads[-1] = torch.zeros(0)
     assert_clipped(grads, 1.0, path)
     moved, norm = after_one_step(grads, path, max_grad_norm=1.0)
     again, norm_again = after_one_step(grads, path, max_grad_norm=1.0)

@@ -20,7 +20,7 @@ from torch import nn
 import fusedreg
 from fusedreg import backend, engine
 
-from cases import CASES, SOME, Case, by_id, parameters, run, set_grads, tensors, ulp
+from cases import KERNEL_CASES, SOME, Case, by_id, parameters, run, set_grads, tensors, ulp
 from compare import assert_close, frozen, parameters_of, results
 
 CHUNK = 8192  # elements of one program, of which one block is 1024
@@ -542,7 +542,7 @@ def test_gradients_may_change_layout_and_alignment() -> None:
     assert_close(parameters_of(fused), parameters_of(reference), 8)
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@pytest.mark.parametrize("case", **by_id(KERNEL_CASES))
 def test_numbers_on_the_device_are_live_and_equal_those_of_the_host(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -11,38 +11,40 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from fusedreg.dist import placements_of, sharded_as
+from fusedreg.dist import mesh_of, sharded_as
 from fusedreg.scalars import wide_dtype
 
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 """Group options that say how to run here; a file from another machine must not change them."""
 
 
-def check_keys(state_dict: object) -> None:
+def check_keys(state_dict: Any) -> None:
     """Raise unless it has the structure of a state_dict."""
-    parts = {"state": dict, "param_groups": list}
-    if isinstance(state_dict, dict):
-        wrong = [name for name, kind in parts.items() if not isinstance(state_dict.get(name), kind)]
-        lacks = f"lacks {' and '.join(map(repr, wrong))}"
-        if not wrong and all("params" in group for group in state_dict["param_groups"]):
-            return
-        lacks = lacks if wrong else "lacks 'params' in a group"
+    parts = {"state": Mapping, "param_groups": Sequence}
+    has = state_dict if isinstance(state_dict, Mapping) else {}
+    wrong = [repr(name) for name, kind in parts.items() if not isinstance(has.get(name), kind)]
+    if not isinstance(state_dict, Mapping):
+        problem = f"is no dict but {type(state_dict).__name__}"
+    elif wrong:
+        problem = f"lacks {' and '.join(wrong)}"
+    elif not all("params" in group for group in state_dict["param_groups"]):
+        problem = "lacks 'params' in a group"
     else:
-        lacks = f"is no dict but {type(state_dict).__name__}"
+        return
     raise ValueError(
-        f"loaded state dict {lacks}: pass what optimizer.state_dict() returned (a checkpoint of a "
-        "whole training has it under a name of its own)"
+        f"loaded state dict {problem}: pass what optimizer.state_dict() returned (a checkpoint of "
+        "a whole training has it under a name of its own)"
     )
 
 
 def is_absent(value: object) -> bool:
     """None, as an older torch.optim.SGD wrote, or the empty dict that torch unflattens to."""
-    return value is None or value == {}
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def check_states(state_dict: StateDict, rule: Any) -> None:
     """Raise unless each parameter has the states that class `rule` keeps, all or none."""
-    needed = {*rule.scalar_states, *rule.tensor_states} - {*rule.late_states}
+    known = {*rule.scalar_states, *rule.tensor_states}
     ids = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key, state in state_dict["state"].items():
         if key not in ids:
@@ -52,26 +54,29 @@ def check_states(state_dict: StateDict, rule: Any) -> None:
                     "groups: it was not written whole"
                 )
             continue
-        found = {name for name, value in state.items() if not is_absent(value)}
-        # Counters, masks and notes are a user's own; what has a floating dtype is a moment.
-        foreign = [
-            name
-            for name, value in state.items()
-            if name not in {*rule.scalar_states, *rule.tensor_states}
-            and isinstance(value, Tensor)
-            and (value.is_floating_point() or value.is_complex())
-        ]
-        if foreign:
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"loaded state dict contains {state!r} as the state of parameter {key}, not a dict"
+            )
+        found = {name for name in known & state.keys() if not is_absent(state[name])}
+        missing = sorted(known - found - {*rule.late_states})
+        # Beside its own states a user may keep masks, averages and notes. Where there is none of
+        # its own, what has a floating dtype is a moment of another class.
+        foreign = [name for name, value in state.items() if _is_moment(value) and name not in known]
+        if foreign and not found:
             raise ValueError(
                 f"loaded state dict contains {foreign[0]!r} for parameter {key}, which "
                 f"{rule.__name__} does not keep: load it into the class that it was saved from"
             )
-        missing = sorted(needed - found)
         if found and missing:
             raise ValueError(
                 f"loaded state dict lacks {missing[0]!r} for parameter {key}: it was not written "
                 "whole, or by another class"
             )
+
+
+def _is_moment(value: object) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def merge_groups(
@@ -115,13 +120,12 @@ def restore_state(
         param, state_dtype = by_id[key]
         restored = {}
         for name, value in saved.items():
-            where = f"loaded state dict contains {name!r} {{}} for parameter {key}, {{}}"
-            if is_absent(value):
-                continue
             if name in rule.scalar_states:
-                restored[name] = _count(where.format, name, value, param)
+                if not is_absent(value):
+                    restored[name] = _count(key, name, value, param)
             elif name in rule.tensor_states:
-                restored[name] = _moment(where.format, value, param, state_dtype)
+                if not is_absent(value):
+                    restored[name] = _moment(key, name, value, param, state_dtype)
             elif isinstance(value, Tensor):
                 restored[name] = value.detach().to(param.device, copy=True)
             else:
@@ -131,13 +135,16 @@ def restore_state(
     return state
 
 
-def _count(problem: Callable[..., str], name: str, value: Any, param: Tensor) -> Tensor:
+def _count(key: Any, name: str, value: Any, param: Tensor) -> Tensor:
     """One number on the parameter's device, in a dtype that can count."""
     # A file older than torch 1.12 has a Python number. A default device would move a tensor.
     number = not isinstance(value, Tensor)
     count: Tensor = torch.as_tensor(value, device=param.device) if number else value
     if count.numel() != 1:
-        raise ValueError(problem(f"of shape {tuple(count.shape)}", "but it is one number"))
+        raise ValueError(
+            f"loaded state dict contains {name!r} of shape {tuple(count.shape)} for parameter "
+            f"{key}, but it is one number"
+        )
     # Another class may have narrowed it: a bfloat16 count would stand still at 256.
     least = torch.float32 if name == "step" else wide_dtype(param.device)
     dtype = torch.promote_types(count.dtype, least)
@@ -145,28 +152,24 @@ def _count(problem: Callable[..., str], name: str, value: Any, param: Tensor) ->
 
 
 def _moment(
-    problem: Callable[..., str], value: Any, param: Tensor, state_dtype: torch.dtype | None
+    key: Any, name: str, value: Any, param: Tensor, state_dtype: torch.dtype | None
 ) -> Tensor:
     """A tensor of the parameter's shape, device and placements, never narrowed unasked."""
+    what = f"loaded state dict contains {name!r}"
     if not isinstance(value, Tensor):
-        raise ValueError(problem(f"as {type(value).__name__}", "but it is a tensor"))
+        raise ValueError(f"{what} as {type(value).__name__} for parameter {key}, not a tensor")
     if value.shape != param.shape:
         raise ValueError(
-            problem(
-                f"of shape {tuple(value.shape)}",
-                f"which has shape {tuple(param.shape)}: load it into the model it was saved from",
-            )
+            f"{what} of shape {tuple(value.shape)} for parameter {key}, which has shape "
+            f"{tuple(param.shape)}: load it into the model it was saved from"
         )
-    if placements_of(param) is not None:
-        if placements_of(value) is None:
-            raise ValueError(
-                problem(
-                    "as a plain tensor",
-                    "which is a DTensor: load it with "
-                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
-                )
-            )
-        value = sharded_as(param, value)
+    if mesh_of(value) != mesh_of(param):
+        raise ValueError(
+            f"{what} on {mesh_of(value) or 'no mesh'} for parameter {key}, which is on "
+            f"{mesh_of(param) or 'no mesh'}: DTensors and what is not one are loaded with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+    value = sharded_as(param, value)
     # torch casts to the parameter's dtype. A state wider than its parameter was asked for, and one
     # narrower would lose bits in every step: keep the wider of the two.
     dtype = state_dtype or torch.promote_types(value.dtype, param.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fusedreg.dist import placements_of
+from fusedreg.dist import mesh_of
 from fusedreg.scalars import on_host
 
 L1_MODES = ("prox", "decoupled", "subgradient")
@@ -124,11 +124,10 @@ def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) 
             f"Expected all tensors to be on the same device, but the gradient is on {grad.device}: "
             "clear it with zero_grad() after moving the parameter"
         )
-    elif (placements_of(grad) is None) != (placements_of(param) is None):
+    elif mesh_of(grad) != mesh_of(param):
         problem = (
-            f"got mixed torch.Tensor and DTensor: a gradient of type {type(grad).__name__} for a "
-            f"parameter of type {type(param).__name__}; make both DTensors, e.g. with "
-            "distribute_tensor()"
+            f"got mixed torch.Tensor and DTensor, or DTensors of different meshes: a gradient on "
+            f"{mesh_of(grad)} for a parameter on {mesh_of(param)}; distribute both over one mesh"
         )
     elif grad.shape != param.shape:
         problem = (

@@ -18,12 +18,16 @@ from torch import Tensor
 
 
 class Spread(NamedTuple):
-    """How the elements of a DTensor are spread over ranks; the other dimensions have copies."""
+    """How the elements of a parameter are spread over ranks; in other dimensions are copies."""
 
     mesh: Any
     """torch.distributed.DeviceMesh"""
     dims: tuple[int, ...]
     """Dimensions of the mesh along which each rank has another part."""
+
+
+FLATTENED = Spread(None, ())
+"""A part that FullyShardedDataParallel made; over which ranks, only the caller can say."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -38,31 +42,43 @@ def whole(value: Tensor) -> Tensor:
     return full
 
 
-def placements_of(tensor: Any) -> Any:
-    """Where the parts of a DTensor are; None for any other tensor."""
-    return getattr(tensor, "placements", None)
+def where_of(tensor: Any) -> Any:
+    """Mesh and placements of a DTensor, which say what part is where; None for other tensors."""
+    placements = getattr(tensor, "placements", None)
+    return None if placements is None else (tensor.device_mesh, placements)
+
+
+def mesh_of(tensor: Any) -> Any:
+    """The mesh of a DTensor; None for other tensors."""
+    return getattr(tensor, "device_mesh", None)
 
 
 def is_sharded_alike(param: Tensor, other: Tensor) -> bool:
     """Whether the parts of two tensors that are here belong together, element by element."""
-    return bool(placements_of(param) == placements_of(other))
+    return bool(where_of(param) == where_of(other))
 
 
 def sharded_as(param: Any, other: Any) -> Tensor:
-    """A DTensor with the placements of `param`, so that their parts belong together."""
+    """A tensor with the placements of `param`, so that their parts belong together."""
     alike: Tensor = other
     if not is_sharded_alike(param, other):
+        if mesh_of(param) != mesh_of(other):
+            raise RuntimeError(
+                "got mixed torch.Tensor and DTensor, or DTensors of different meshes: state on "
+                f"{mesh_of(other)} for a parameter on {mesh_of(param)}; distribute both over one"
+            )
         alike = other.redistribute(param.device_mesh, param.placements)
     return alike
 
 
 def spread_of(param: Any) -> Spread | None:
-    """How a parameter is spread over ranks; None for a tensor that is no DTensor."""
-    placements = placements_of(param)
-    if placements is None:
-        return None
+    """How a parameter is spread over ranks; None for one that is not, as far as is known."""
+    where = where_of(param)
+    if where is None:
+        return FLATTENED if getattr(param, "_fsdp_flattened", False) else None
+    mesh, placements = where
     dims = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
-    return Spread(param.device_mesh, tuple(dims))
+    return Spread(mesh, tuple(dims))
 
 
 # ---- norms over ranks --------------------------------------------------------------------------
@@ -77,20 +93,23 @@ def total_norm(norms: Mapping[Spread | None, Tensor], group: Any) -> Tensor:
 
     Args:
         norms: the norm of all parts here with that spread, 0-dim; None for plain tensors, which
-            every rank has alike, or in parts if there is a `group`.
-        group: ranks whose totals are added as well, or None.
+            every rank has alike, or in parts if there is a `group` and nothing is FLATTENED.
+        group: ranks whose parts make a whole, or None.
     """
     meshes: dict[Any, dict[Spread, Tensor]] = {}
     for spread, norm in norms.items():
-        if spread is not None:
+        if spread is not None and spread is not FLATTENED:
             meshes.setdefault(spread.mesh, {})[spread] = norm
-    if group is None and not meshes:
+    if group is None and norms.keys() == {None}:
         return norms[None]
     squares = _squares(norms[None])
     for mesh, parts in meshes.items():
         squares = squares + _sum_over_mesh(mesh, parts)
-    if group is not None:
-        torch.distributed.all_reduce(squares, group=group)
+    if FLATTENED in norms:
+        flattened = _squares(norms[FLATTENED])
+        squares = squares + (flattened if group is None else _sum_over(group, flattened))
+    elif group is not None:
+        squares = _sum_over(group, squares)
     return _root(squares)
 
 
@@ -117,19 +136,35 @@ def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:
             for spread, norm in norms.items()
         ]
     ).sum(dim=0)
+    if mesh.get_coordinate() is None:
+        raise RuntimeError(f"this rank has DTensors of {mesh}, of which it is no member")
     if len(dims) == mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():
-        torch.distributed.all_reduce(squares)
-    else:
-        for dim in dims:
-            torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
+        return _sum_over(torch.distributed.group.WORLD, squares)
+    for dim in dims:
+        squares = _sum_over(mesh.get_group(dim), squares)
     return squares
+
+
+def _sum_over(group: Any, squares: Tensor) -> Tensor:
+    """The sum over the ranks of a group, on a device that the group can talk from."""
+    devices = [device.type for device in group._device_types]
+    summed = squares if squares.device.type in devices else squares.to(devices[0])
+    torch.distributed.all_reduce(summed, group=group)
+    return summed.to(squares.device)
 
 
 # ---- plain tensors in parts --------------------------------------------------------------------
 
 
-def name_of(group: Any) -> str | None:
-    """What stands for a process group in an optimizer, because a name can be copied and pickled."""
+class Group(NamedTuple):
+    """What stands for a process group in an optimizer, because it can be copied and pickled."""
+
+    name: str
+    ranks: tuple[int, ...]  # elsewhere another group may have that name
+
+
+def description_of(group: Any) -> Group | None:
+    """What stands for a process group; None for None."""
     if group is None:
         return None
     if not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
@@ -137,37 +172,56 @@ def name_of(group: Any) -> str | None:
             f"Invalid process_group value: {group!r} (expected a torch.distributed.ProcessGroup of "
             "which this rank is a member, such as torch.distributed.group.WORLD once there is one)"
         )
-    return str(group.group_name)
+    ranks = torch.distributed.get_process_group_ranks(group)
+    return Group(str(group.group_name), tuple(ranks))
 
 
-def distributed_c10d() -> Any:
-    """The module that knows process groups by name, which a build of torch may lack."""
-    return torch.distributed.distributed_c10d
-
-
-def group_of(name: str | None) -> Any:
-    """The process group of that name; raises torch's error where there is none any more."""
-    if name is None:
+def group_of(description: Group | None) -> Any:
+    """The process group; raises torch's error where there is none any more."""
+    if description is None:
         return None
-    return distributed_c10d()._resolve_process_group(name)
+    found = torch.distributed.distributed_c10d._resolve_process_group(description.name)  # type: ignore[attr-defined, arg-type]  # no public way
+    if tuple(torch.distributed.get_process_group_ranks(found)) != description.ranks:
+        raise RuntimeError(
+            f"the process group {description.name!r} that the optimizer was copied with had ranks "
+            f"{description.ranks}, and here has others: assign optimizer.process_group"
+        )
+    return found
 
 
 def splitter_of(params: Iterable[Tensor]) -> str | None:
     """What splits plain parameters between ranks, of all that says so; else None."""
-    if any(getattr(param, "_fsdp_flattened", False) for param in params):
-        return "FullyShardedDataParallel"
-    return None
+    flattened = any(spread_of(param) is FLATTENED for param in params)
+    return "FullyShardedDataParallel" if flattened else None
 
 
 def constructing_splitter() -> str | None:
-    """ZeroRedundancyOptimizer, if that is what constructs the optimizer that calls this.
+    """ZeroRedundancyOptimizer, if that constructs the optimizer that calls this, else None.
 
-    It leaves no mark on the parameters or the optimizer, so look at who calls.
+    It leaves no mark on parameters or optimizer.
     """
-    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = inspect.currentframe()
-    while zero is not None and frame is not None:
-        if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):
-            return "ZeroRedundancyOptimizer"
+    module = "torch.distributed.optim.zero_redundancy_optimizer"
+    found = _is_running(module, "ZeroRedundancyOptimizer", "_init_local_optimizer")
+    return "ZeroRedundancyOptimizer" if found else None
+
+
+def checkpoint_creates_state() -> bool:
+    """Whether torch.distributed.checkpoint steps an optimizer only to have it create its state.
+
+    It does so with lr 0 and gradients of zeros. Counted, that step would change the bias correction
+    of every later one.
+    """
+    return _is_running("torch.distributed.checkpoint.state_dict", "_init_optim_state")
+
+
+def _is_running(module: str, *names: str) -> bool:
+    """Whether a function is among those that led here; False where nobody has imported it."""
+    found: Any = sys.modules.get(module)
+    for name in names:
+        found = getattr(found, name, None)
+    code, frame = getattr(found, "__code__", None), inspect.currentframe()
+    while code is not None and frame is not None:
+        if frame.f_code is code:
+            return True
         frame = frame.f_back
-    return None
+    return False

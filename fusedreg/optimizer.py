@@ -21,7 +21,7 @@ from fusedreg.checks import (
     check_param,
     check_state_dtype,
 )
-from fusedreg.dist import Spread, local
+from fusedreg.dist import Group, Spread, local
 from fusedreg.engine import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.inventory import Inventory
 from fusedreg.norms import clip_factor, norms_by_spread
@@ -45,7 +45,7 @@ class Own:
 
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
-    process_group: str | None = None
+    process_group: Group | None = None
     grad_norm: Tensor | None = None
     skipped_steps: Tensor | None = None
     launches: int = 0
@@ -74,7 +74,6 @@ class FusedOptimizer(Optimizer):
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
 
     # Class attributes, so that an optimizer pickled by an older version has them too.
-    _has_stepped: bool = False
     _splitter: str | None = None
     # Addresses are of this process and these tensors: a copy makes its own plan.
     _plan: Plan | None = None
@@ -178,15 +177,16 @@ class FusedOptimizer(Optimizer):
         For plain tensors of which each rank has another part, as ZeroRedundancyOptimizer,
         FullyShardedDataParallel and pipeline stages have them. DTensors need none, and under
         DistributedDataParallel, where every rank has every gradient, the norm would be too large. A
-        parameter that several ranks have is counted once for each. May be set at any time, on all
-        ranks; every rank of the group must then step.
+        parameter that several ranks of the group have is counted once for each; only beside
+        parameters of FullyShardedDataParallel all others are taken as copies. May be set at any
+        time, on all ranks; every rank of the group must then step.
         """
         group: ProcessGroup | None = dist.group_of(self._own.process_group)
         return group
 
     @process_group.setter
     def process_group(self, value: ProcessGroup | None) -> None:
-        self._own.process_group = dist.name_of(value)
+        self._own.process_group = dist.description_of(value)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -282,22 +282,21 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_norm_is_global()
-        first = not (self.state or self._has_stepped)
+        fresh = not self.state
         plan, rest = self._gather()
         self._own.grad_norm = None
         self._own.launches = 0
-        frozen = self._only_creates_state(first)
-        nothing = plan is None and not rest
-        # Other ranks may step what this one has no gradient for, and all must agree on the first.
-        self._has_stepped |= not nothing or self._spans_ranks()
-        if nothing and not self._needs_norm():
+        if fresh and dist.checkpoint_creates_state():
             return loss
-        device = None if plan is None or rest or frozen is not False else plan.device
-        if plan is not None and device is not None and self._own.process_group is None:
+        needs_norm = self._needs_norm()
+        if plan is None and not rest and not needs_norm:
+            return loss
+        device = None if plan is None or rest else plan.device
+        over_ranks = needs_norm and self._own.process_group is not None
+        if plan is not None and device is not None and not over_ranks:
             self._run_plan(plan, device)
         else:
             scale, skip = self._scale_and_skip(plan, rest)
-            skip = skip | frozen
             if plan is not None:
                 plan.run(scale=scale, skip=skip)
             for group, params in rest:
@@ -345,6 +344,13 @@ class FusedOptimizer(Optimizer):
         if any(is_capturing(device) for device in {param.device for param in candidates}):
             raise RuntimeError(NOT_BEFORE_CAPTURE)
         self._init_states(work)
+        # An option turned on while a parameter has no gradient may need more of its state.
+        self._init_states(
+            [
+                (group, [p for p in group["params"] if p in candidates and p in self.state])
+                for group in self.param_groups
+            ]
+        )
         chosen = {
             param: index
             for param, index in candidates.items()
@@ -401,8 +407,16 @@ class FusedOptimizer(Optimizer):
                     if param.device == device:
                         state = self.state.get(param, {})
                         self.init_state(settings, param, state)
+                        if dist.where_of(param) is not None:
+                            self._shard_alike(param, state)
                         if state:
                             self.state[param] = state
+
+    def _shard_alike(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Give the moments of a DTensor its placements, so that their parts belong together."""
+        for name in self.tensor_states:
+            if name in state:
+                state[name] = dist.sharded_as(param, state[name])
 
     def _settings(
         self, group: dict[str, Any], params: Iterable[Tensor]
@@ -428,9 +442,10 @@ class FusedOptimizer(Optimizer):
             )
         if self._splitter is not None and self._own.process_group is None:
             raise RuntimeError(
-                f"{what}, but {self._splitter} gives each rank a part of the parameters: say over "
-                "which ranks with process_group=torch.distributed.group.WORLD (a keyword of the "
-                "optimizer; in ZeroRedundancyOptimizer, which has one of that name for itself, "
+                f"{what}, but {self._splitter} gives each rank a part of the parameters: say which "
+                "ranks make a whole with process_group=..., torch.distributed.group.WORLD or, "
+                "where parts are replicated, those of one replica (a keyword of the optimizer; in "
+                "ZeroRedundancyOptimizer, which has one of that name for itself, "
                 f"optimizer_class=functools.partial({type(self).__name__}, process_group=...))"
             )
 
@@ -439,10 +454,6 @@ class FusedOptimizer(Optimizer):
         if self._plan is not None:
             return self._plan.inventory.spreads
         return dict.fromkeys(map(dist.spread_of, self._params()))
-
-    def _spans_ranks(self) -> bool:
-        """Whether a norm is summed over ranks."""
-        return self._own.process_group is not None or any(self._spreads())
 
     def _run_plan(self, plan: Plan, device: torch.device) -> None:
         """Step where kernels on one device do everything, the norm too."""
@@ -490,33 +501,6 @@ class FusedOptimizer(Optimizer):
             self._own.skipped_steps = self.skipped_steps.to(device).add_(skip)
         return scale, skip
 
-    def _only_creates_state(self, first: bool) -> Flag:
-        """Whether a step, if it is the first, is there to create state and must not count as one.
-
-        torch.distributed.checkpoint makes an optimizer create its state by a step with lr 0 and
-        gradients of zeros. Counting it would change the bias correction of every later step.
-        """
-        spans_ranks = self._spans_ranks()
-        if not (first or spans_ranks):
-            return False
-        device = self._home()
-        lrs = [number(group["lr"], device) for group in self.param_groups]
-        if any(not isinstance(lr, Tensor) and lr != 0 for lr in lrs):
-            return False
-        # Whether they talk must be the same on all ranks: lr is, what was stepped before is not,
-        # and an lr on a device is not known.
-        talks = spans_ranks and not any(isinstance(lr, Tensor) for lr in lrs)
-        if not (first or talks):
-            return False
-        norms = norms_by_spread(self._spreads(), self._params(), [], device)
-        if not first:
-            norms = {spread: torch.full_like(norm, torch.inf) for spread, norm in norms.items()}
-        norm = dist.total_norm(norms, self.process_group) if talks else sum(norms.values())
-        only: Flag = number(norm, device) == 0
-        for lr in lrs:
-            only = only & (lr == 0)
-        return only
-
     def _update(
         self, group: dict[str, Any], params: list[Tensor], scale: Number, skip: Flag
     ) -> None:
@@ -535,7 +519,8 @@ class FusedOptimizer(Optimizer):
                 number(scale, device),
                 number(skip, device),
             )
-        torch.autograd.graph.increment_version(params)
+        # As the operations in place did, of which the DTensors around the parts do not know.
+        torch.autograd.graph.increment_version([p for p in params if local(p) is not p])
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
@@ -554,11 +539,11 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; options it lacks take the constructor's values."""
         super().add_param_group(param_group)
-        self._splitter = self._splitter or dist.splitter_of(param_group["params"])
         try:
             self._check_group(param_group, read_device=True)
             for index in range(len(param_group["params"])):
                 check_param(self.param_groups, len(self.param_groups) - 1, index)
+            self._splitter = self._splitter or dist.splitter_of(param_group["params"])
         except Exception:  # whatever it was, the group must not stay
             self.param_groups.pop()
             raise

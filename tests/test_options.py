@@ -152,21 +152,3 @@ def test_parameters_of_lazy_modules_are_taken(cls: type, path: str) -> None:
     before = frozen(list(layer.parameters()))
     optimizer.step()
     assert frozen(list(layer.parameters())) != before
-
-
-@pytest.mark.parametrize("path", ["device"], indirect=True)
-def test_a_stateless_optimizer_looks_for_gradients_of_zeros_once(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That look costs a norm, and is there for the step that only creates state."""
-    calls = []
-    norm = fusedreg.optimizer.norms_by_spread
-    monkeypatch.setattr(
-        fusedreg.optimizer, "norms_by_spread", lambda *args: (calls.append(1), norm(*args))[1]
-    )
-    param = torch.nn.Parameter(torch.ones(2))
-    optimizer = fusedreg.SGD([param], lr=torch.tensor(0.1), **PATHS[path])
-    for _ in range(3):
-        param.grad = torch.ones(2)
-        optimizer.step()
-    assert len(calls) == 1

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
@@ -355,3 +357,46 @@ def test_state_that_is_no_tensor_is_refused(cls: type, name: str, value: object)
         saved["state"][1][name] = value
 
     assert_refused(cls, spoil, f"^loaded state dict contains '{name}'")
+
+
+# ---- files that others write ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["warm", np.ones(2), torch.ones(2), {}, OrderedDict()],
+    ids=["text", "array", "tensor", "dict", "empty"],
+)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_a_user_keeps_beside_the_states_comes_with_the_file(cls: type, note: Any) -> None:
+    optimizer, other = trained(cls), trained(cls, seed=1)
+    # Alone a tensor would be taken for a moment of another class.
+    alone = not isinstance(note, torch.Tensor)
+    for param in parameters_of(optimizer)[: None if alone else -1]:
+        optimizer.state[param]["note"] = note
+    other.load_state_dict(optimizer.state_dict())
+    for param in parameters_of(other)[: None if alone else -1]:
+        assert type(other.state[param]["note"]) is type(note)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_any_mapping_is_a_state_dict(cls: type) -> None:
+    optimizer, other = trained(cls), trained(cls, seed=1)
+    saved = optimizer.state_dict()
+    other.load_state_dict(
+        UserDict(
+            {
+                **saved,
+                "state": UserDict(saved["state"]),
+                "param_groups": tuple(saved["param_groups"]),
+            }
+        )
+    )
+    assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
+
+
+def test_state_that_is_no_dict_is_refused() -> None:
+    def spoil(saved: dict[str, Any]) -> None:
+        saved["state"][0] = None
+
+    assert_refused(fusedreg.Adam, spoil, "^loaded state dict contains None as the state")

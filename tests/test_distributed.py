@@ -279,10 +279,12 @@ def test_without_a_norm_no_collective_is_needed_nor_a_group(wrapper: str) -> Non
         optimizer = ADAMW.make(model.parameters())
     alone = ADAMW.make(parameters(shapes=SHAPES))
     follow(optimizer, alone, lambda seed: backward(model, seed), lambda: wholes(model))
-    backward(model, seed=0)
-    with Collectives() as collectives:
-        inner(optimizer).step()
-    assert not collectives.seen, collectives.seen
+    for lr in (0.1, 0.0):  # which is no sign that the step is there to create state
+        backward(model, seed=0)
+        optimizer.param_groups[0]["lr"] = lr
+        with Collectives() as collectives:
+            inner(optimizer).step()
+        assert not collectives.seen, collectives.seen
 
 
 @paths
@@ -625,6 +627,102 @@ def test_stages_of_a_pipeline_that_are_sharded_share_a_norm() -> None:
 
 
 @on_every_rank
+def test_stages_of_a_pipeline_may_have_other_learning_rates() -> None:
+    rank = dist.get_rank()
+    (param,) = parameters(shapes=[(3,)])
+    options = {"lr": 0.1 * (rank % 2), "max_grad_norm": 1.0, "skip_nonfinite": True}
+    optimizer = fusedreg.SGD([param], process_group=dist.group.WORLD, **options)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert_close([optimizer.grad_norm], [torch.tensor(3.0 * WORLD).sqrt()], rtol=1e-7)
+    assert optimizer.skipped_steps == 0
+
+
+@on_every_rank
+def test_frozen_stage_of_a_pipeline_is_saved_after_a_step() -> None:
+    model = nn.Linear(2, 1).requires_grad_(dist.get_rank() > 0)
+    optimizer = fusedreg.AdamW(model.parameters(), process_group=dist.group.WORLD)
+    if dist.get_rank() > 0:
+        model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with Collectives() as collectives:
+        get_optimizer_state_dict(model, optimizer)
+    assert "allreduce" not in collectives.seen
+
+
+@on_every_rank
+def test_what_fsdp1_leaves_whole_counts_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    cpu = torch.device("cpu")
+    model = FullyShardedDataParallel(model, device_id=cpu, ignored_modules=[model[1]])
+    options = {"process_group": dist.group.WORLD, "max_grad_norm": math.inf}
+    optimizer = fusedreg.SGD(model.parameters(), lr=0.0, **options)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    expected = model.clip_grad_norm_(1e9)
+    # FSDP sums squares of float32 norms in float32: three roundings, of 6e-8 each, and a root.
+    assert_close([optimizer.grad_norm], [expected], rtol=2e-7)
+
+
+@on_every_rank
+def test_rank_outside_the_mesh_of_a_parameter_is_told() -> None:
+    pair = DeviceMesh("cpu", [0, 1])
+    param = nn.Parameter(distribute_tensor(torch.ones(4), pair, [Shard(0)]))
+    param.grad = torch.ones_like(param)
+    optimizer = fusedreg.SGD([param], max_grad_norm=1.0)
+    if dist.get_rank() < 2:
+        optimizer.step()
+        assert optimizer.grad_norm == 2
+    else:
+        with pytest.raises(RuntimeError, match="of which it is no member"):
+            optimizer.step()
+
+
+@on_every_rank
+def test_gradient_and_state_of_another_mesh_are_refused() -> None:
+    rows, columns = (mesh(2, 2)[name] for name in ("rows", "columns"))
+    value = tensors(0, shapes=[(4, 2)])[0]
+    one, other = (
+        nn.Parameter(distribute_tensor(value, each, [Shard(0)], src_data_rank=None))
+        for each in (rows, columns)
+    )
+    plain = nn.Parameter(value.clone())
+    optimizers = [fusedreg.SGD([param], momentum=0.9) for param in (one, other, plain)]
+    one.grad = one.detach().clone()
+    optimizers[0].step()
+    for optimizer in optimizers[1:]:
+        with pytest.raises(ValueError, match=r"'momentum_buffer' on .* for parameter 0"):
+            optimizer.load_state_dict(optimizers[0].state_dict())
+    other.grad = one.detach().clone()
+    before = held(optimizers[1])
+    with pytest.raises(RuntimeError, match="DTensors of different meshes"):
+        optimizers[1].step()
+    assert held(optimizers[1]) == before
+
+
+@paths
+@on_every_rank
+def test_state_placed_otherwise_than_its_parameter_is_moved(path: str) -> None:
+    value = tensors(0, shapes=[(4, 4)])[0]
+    param = nn.Parameter(distribute_tensor(value, mesh(2, 2), [Shard(0), Shard(1)]))
+    twin = nn.Parameter(value.clone())
+    optimizer, alone = (
+        fusedreg.SGD([each], lr=0.1, momentum=0.9, **PATHS[path]) for each in (param, twin)
+    )
+    for _ in range(3):
+        param.grad, twin.grad = param.detach().clone(), twin.detach().clone()
+        optimizer.step()
+        alone.step()
+        assert_close([whole(param)], [twin])
+        state = optimizer.state[param]
+        state["momentum_buffer"] = state["momentum_buffer"].redistribute(
+            placements=[Shard(1), Shard(0)]
+        )
+
+
+@on_every_rank
 def test_gradient_and_parameter_are_both_dtensors_or_none_is() -> None:
     (plain,), (other,) = parameters(shapes=[(8, 3)]), parameters(shapes=[(8, 3)])
     param = nn.Parameter(spread(other.detach(), "4:0"))
@@ -920,3 +1018,44 @@ def test_step_after_backward_with_a_norm_is_none_inside_it(path: str) -> None:
 
     optimizer.step(closure)
     assert optimizer.grad_norm > 0
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_copied_group_that_is_another_here_is_refused() -> None:
+    """A name stands for it, and every program numbers its groups anew."""
+    param = nn.Parameter(torch.ones(2))
+    options = {"max_grad_norm": 1.0, "process_group": dist.group.WORLD}
+    optimizer = copy.deepcopy(fusedreg.SGD([param], **options))
+    assert optimizer.process_group is dist.group.WORLD
+    optimizer._own.process_group = optimizer._own.process_group._replace(ranks=(0, 1))
+    with pytest.raises(RuntimeError, match=r"assign optimizer\.process_group"):
+        _ = optimizer.process_group
+
+
+def test_sum_is_formed_where_the_group_can_talk() -> None:
+    """A rank without parameters has its norm on the CPU, and NCCL talks from GPUs."""
+    group = mock.Mock(_device_types=[torch.device("meta")])
+    talk = mock.patch.object(dist, "all_reduce", side_effect=InterruptedError)
+    with talk as all_reduce, pytest.raises(InterruptedError):
+        fusedreg.dist.total_norm({None: torch.ones(())}, group)
+    assert all_reduce.call_args.args[0].device.type == "meta"
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_optimizer_that_a_zero_redundancy_subclass_makes_for_itself_is_no_part() -> None:
+    class Own(ZeroRedundancyOptimizer):
+        def another(self) -> Any:
+            return fusedreg.SGD([nn.Parameter(torch.ones(1))], max_grad_norm=1.0)
+
+    Own([nn.Parameter(torch.ones(1))], fusedreg.SGD, lr=0.1).another()
+
+
+def test_refused_group_leaves_no_trace() -> None:
+    param, part = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    part._fsdp_flattened = True
+    optimizer = fusedreg.SGD([param], lr=0.1, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="learning rate"):
+        optimizer.add_param_group({"params": [part], "lr": -1.0})
+    param.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(math.sqrt(2))

@@ -6,7 +6,9 @@ compiled. The arithmetic is tested by every other file, where the path "fused" i
 
 from __future__ import annotations
 
+import copy
 import importlib
+import math
 import subprocess
 import sys
 import types
@@ -416,6 +418,38 @@ def test_lazily_negated_gradient(path: str) -> None:
     view.grad = torch._neg_view(torch.ones(3))
     fusedreg.SGD([view], lr=1.0, fused=True).step()
     assert (view == 1.0).all()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_option_turned_on_while_a_parameter_has_no_gradient(loaded: bool) -> None:
+    """Its state gets what the option needs although it is not stepped."""
+    ends = []
+    for fused in (True, False):
+        params = parameters(shapes=[(3,), (2,)])
+        optimizer = fusedreg.SGD(params, lr=0.1, momentum=0.9, fused=fused)
+        run(optimizer, 2)
+        if loaded:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.param_groups[0]["l1"] = 1.0
+        for seed in (1, 2):
+            set_grads(params, seed)
+            if seed == 1:
+                params[1].grad = None
+            optimizer.step()
+        ends.append(optimizer)
+    assert_close(parameters_of(ends[0]), parameters_of(ends[1]), 8)
+    assert ends[0].state[ends[0].param_groups[0]["params"][1]].keys() == {
+        "momentum_buffer",
+        "momentum_mass",
+    }
+
+
+def test_backward_through_parameters_of_a_skipped_step_works() -> None:
+    param = nn.Parameter(torch.ones(3))
+    loss = (param**3).sum()
+    param.grad = torch.full((3,), math.nan)
+    fusedreg.SGD([param], skip_nonfinite=True).step()
+    loss.backward()
 
 
 def test_backward_through_stepped_parameters_fails(path: str) -> None:

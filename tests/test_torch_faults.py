@@ -182,6 +182,21 @@ def test_t8_saving_before_training_does_not_change_it(
     assert ends[0] == ends[1]
 
 
+@pytest.mark.parametrize("cls", [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW])
+def test_t8_a_first_step_of_zeros_counts_as_in_torch(cls: type) -> None:
+    """Nobody but torch.distributed.checkpoint steps for the state alone."""
+    ends = []
+    for made_by in (cls, getattr(torch.optim, cls.__name__)):
+        param = nn.Parameter(torch.ones(2))
+        optimizer = made_by([param], lr=0.0)
+        for value in (0.0, 1.0, 2.0):
+            param.grad = torch.full((2,), value)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.1
+        ends.append(param)
+    assert_close(ends[:1], ends[1:], 4)  # rounding errors of three steps
+
+
 def count_call(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """A step hook that pickle can find."""
     optimizer.calls = getattr(optimizer, "calls", 0) + 1

@@ -286,7 +286,7 @@ class FusedOptimizer(Optimizer):
         plan, rest = self._gather()
         self._own.grad_norm = None
         self._own.launches = 0
-        if fresh and dist.checkpoint_creates_state():
+        if fresh and dist.checkpoint_creates_state():  # which must not count as a step
             return loss
         needs_norm = self._needs_norm()
         if plan is None and not rest and not needs_norm:

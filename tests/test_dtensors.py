@@ -1,0 +1,316 @@
+"""Parameters that are DTensors of any layout and mesh are stepped as whole tensors are."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import fusedreg
+
+from cases import CASES, PATHS, parameters, set_grads, tensors
+from compare import parameters_of
+from ranks import WORLD, on_every_rank
+from spread import (
+    ADAMW,
+    LAYOUTS,
+    MAX_NORM,
+    SHAPES,
+    STEPS,
+    Collectives,
+    assert_close,
+    follow,
+    held,
+    local,
+    mesh,
+    needs_interpreter,
+    paths,
+    set_spread_grads,
+    spread,
+    spread_all,
+    whole,
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "path"),
+    [(layout, "reference") for layout in LAYOUTS]
+    + [
+        pytest.param(layout, "fused", marks=needs_interpreter)
+        for layout in ("beside_plain", "some_dimensions")
+    ],
+)
+@on_every_rank
+def test_dtensors_of_any_layout_train_as_one_process(layout: str, path: str) -> None:
+    """And take one all-reduce for each mesh that splits anything."""
+    all_reduces, layouts = LAYOUTS[layout]
+    params = spread_all(layouts)
+    optimizer = ADAMW.make(params, path, max_grad_norm=MAX_NORM)
+    alone = ADAMW.make(parameters(shapes=SHAPES), max_grad_norm=MAX_NORM)
+    follow(
+        optimizer,
+        alone,
+        lambda seed: set_spread_grads(params, layouts, seed),
+        lambda: list(map(whole, params)),
+    )
+    with Collectives() as collectives:
+        optimizer.step()
+    assert collectives.seen == Counter(allreduce=all_reduces), collectives.seen
+
+
+@paths
+@pytest.mark.parametrize("kind", ["replicated", "split_otherwise", "partial"])
+@on_every_rank
+def test_gradient_may_be_placed_otherwise_than_its_parameter(kind: str, path: str) -> None:
+    """As autograd leaves it where a replicated weight met a split batch."""
+    (param,), (twin,) = parameters(shapes=[(8, 4)]), parameters(shapes=[(8, 4)])
+    layout = "4:R" if kind == "partial" else "4:0"
+    param = nn.Parameter(spread(param.detach(), layout))
+    optimizer = ADAMW.make([param], path, max_grad_norm=MAX_NORM)
+    alone = ADAMW.make([twin], max_grad_norm=MAX_NORM)
+
+    def gradient(seed: int) -> None:
+        (grad,) = tensors(seed, shapes=[(8, 4)])
+        if kind == "partial":
+            parts = grad * (0.5 * (dist.get_rank() % 2))  # of four ranks two have a half
+            param.grad = DTensor.from_local(parts, mesh(WORLD), [Partial()])
+        else:
+            param.grad = spread(grad, "4:R" if kind == "replicated" else "4:1")
+
+    follow(optimizer, alone, gradient, lambda: [whole(param)])
+
+
+class Parallel(nn.Module):
+    """A block whose first layer is split by columns and whose last by rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6, dtype=torch.float64)
+        self.first = nn.Linear(6, 10, dtype=torch.float64)
+        self.last = nn.Linear(10, 5, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.last(torch.tanh(self.first(self.norm(x)))))
+
+
+@pytest.mark.parametrize("data_parallel", [False, True])
+@on_every_rank
+def test_tensor_parallel_model_trains_as_one_process(data_parallel: bool) -> None:
+    """On 2 x 2 ranks, alone and with FSDP2; biases and norm are replicated or not split at all."""
+    model, twin = Parallel(), Parallel()
+    twin.load_state_dict(model.state_dict())
+    plan = {"first": ColwiseParallel(), "last": RowwiseParallel()}
+    parallelize_module(model, mesh(2, 2)["columns"], plan)
+    if data_parallel:
+        fully_shard(model, mesh=mesh(2, 2)["rows"])
+    optimizer = ADAMW.make(model.parameters(), lr=0.01, max_grad_norm=0.5)
+    alone = ADAMW.make(twin.parameters(), lr=0.01, max_grad_norm=0.5)
+    for seed in range(STEPS):
+        (x,) = tensors(seed, shapes=[(8, 6)])
+        row = mesh(2, 2).get_local_rank("rows")
+        part = x.chunk(2)[row] if data_parallel else x
+        for each, its, batch in ((model, optimizer, part), (twin, alone, x)):
+            its.zero_grad()
+            each(batch).square().mean().mul(100).backward()
+            its.step()
+        assert alone.grad_norm > alone.max_grad_norm
+        # The products are summed in other orders, and Adam divides small gradients by their size.
+        assert_close([optimizer.grad_norm], [alone.grad_norm], rtol=1e-7)
+        assert_close(map(whole, model.parameters()), twin.parameters(), rtol=1e-9, atol=1e-9)
+
+
+@on_every_rank
+def test_clipping_is_right_where_the_square_of_a_norm_is_no_double() -> None:
+    """The sum over ranks does not lose what the norm of each keeps."""
+    (param,), (twin,) = parameters(shapes=[(8, 3)]), parameters(shapes=[(8, 3)])
+    param = nn.Parameter(spread(param.detach(), "4:0"))
+    options = {"lr": 1e-200, "max_grad_norm": 1e200, "skip_nonfinite": True}
+    for seed in range(2):
+        grad = tensors(seed, shapes=[(8, 3)])[0] * 1e200
+        for each, its in ((param, spread(grad, "4:0")), (twin, grad)):
+            each.grad = its
+            fusedreg.SGD([each], **options).step()
+        assert_close([whole(param)], [twin])
+
+
+@on_every_rank
+def test_stages_of_a_pipeline_that_are_sharded_share_a_norm() -> None:
+    """A row of the mesh splits the parameters of a stage, a column has all stages."""
+    stage, layouts = mesh(2, 2).get_local_rank("rows"), ["c:0"] * len(SHAPES)
+    params = spread_all(layouts)
+    options = {"process_group": mesh(2, 2).get_group("rows"), "max_grad_norm": MAX_NORM}
+    optimizer = ADAMW.make(params[stage::2], **options)
+    alone = ADAMW.make(parameters(shapes=SHAPES), max_grad_norm=MAX_NORM)
+    for seed in range(STEPS):
+        set_spread_grads(params, layouts, seed)
+        set_grads(parameters_of(alone), seed)
+        optimizer.step()
+        alone.step()
+        assert_close([optimizer.grad_norm], [alone.grad_norm], rtol=1e-7)
+        assert_close(map(whole, params[stage::2]), parameters_of(alone)[stage::2])
+
+
+@on_every_rank
+def test_stages_of_a_pipeline_may_have_other_learning_rates() -> None:
+    rank = dist.get_rank()
+    (param,) = parameters(shapes=[(3,)])
+    options = {"lr": 0.1 * (rank % 2), "max_grad_norm": 1.0, "skip_nonfinite": True}
+    optimizer = fusedreg.SGD([param], process_group=dist.group.WORLD, **options)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert_close([optimizer.grad_norm], [torch.tensor(3.0 * WORLD).sqrt()], rtol=1e-7)
+    assert optimizer.skipped_steps == 0
+
+
+@on_every_rank
+def test_frozen_stage_of_a_pipeline_is_saved_after_a_step() -> None:
+    model = nn.Linear(2, 1).requires_grad_(dist.get_rank() > 0)
+    optimizer = fusedreg.AdamW(model.parameters(), process_group=dist.group.WORLD)
+    if dist.get_rank() > 0:
+        model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with Collectives() as collectives:
+        get_optimizer_state_dict(model, optimizer)
+    assert "allreduce" not in collectives.seen
+
+
+@on_every_rank
+def test_rank_outside_the_mesh_of_a_parameter_is_told() -> None:
+    pair = DeviceMesh("cpu", [0, 1])
+    param = nn.Parameter(distribute_tensor(torch.ones(4), pair, [Shard(0)]))
+    param.grad = torch.ones_like(param)
+    optimizer = fusedreg.SGD([param], max_grad_norm=1.0)
+    if dist.get_rank() < 2:
+        optimizer.step()
+        assert optimizer.grad_norm == 2
+    else:
+        with pytest.raises(RuntimeError, match="of which it is no member"):
+            optimizer.step()
+
+
+@on_every_rank
+def test_gradient_and_state_of_another_mesh_are_refused() -> None:
+    rows, columns = (mesh(2, 2)[name] for name in ("rows", "columns"))
+    value = tensors(0, shapes=[(4, 2)])[0]
+    one, other = (
+        nn.Parameter(distribute_tensor(value, each, [Shard(0)], src_data_rank=None))
+        for each in (rows, columns)
+    )
+    plain = nn.Parameter(value.clone())
+    optimizers = [fusedreg.SGD([param], momentum=0.9) for param in (one, other, plain)]
+    one.grad = one.detach().clone()
+    optimizers[0].step()
+    for optimizer in optimizers[1:]:
+        with pytest.raises(ValueError, match=r"'momentum_buffer' on .* for parameter 0"):
+            optimizer.load_state_dict(optimizers[0].state_dict())
+    other.grad = one.detach().clone()
+    before = held(optimizers[1])
+    with pytest.raises(RuntimeError, match="DTensors of different meshes"):
+        optimizers[1].step()
+    assert held(optimizers[1]) == before
+
+
+@paths
+@on_every_rank
+def test_state_placed_otherwise_than_its_parameter_is_moved(path: str) -> None:
+    value = tensors(0, shapes=[(4, 4)])[0]
+    param = nn.Parameter(distribute_tensor(value, mesh(2, 2), [Shard(0), Shard(1)]))
+    twin = nn.Parameter(value.clone())
+    optimizer, alone = (
+        fusedreg.SGD([each], lr=0.1, momentum=0.9, **PATHS[path]) for each in (param, twin)
+    )
+    for _ in range(3):
+        param.grad, twin.grad = param.detach().clone(), twin.detach().clone()
+        optimizer.step()
+        alone.step()
+        assert_close([whole(param)], [twin])
+        state = optimizer.state[param]
+        state["momentum_buffer"] = state["momentum_buffer"].redistribute(
+            placements=[Shard(1), Shard(0)]
+        )
+
+
+@on_every_rank
+def test_gradient_and_parameter_are_both_dtensors_or_none_is() -> None:
+    (plain,), (other,) = parameters(shapes=[(8, 3)]), parameters(shapes=[(8, 3)])
+    param = nn.Parameter(spread(other.detach(), "4:0"))
+    plain.grad, other.grad = torch.ones_like(plain), torch.ones_like(other)
+    # As a parameter that was moved keeps an old gradient: `.grad` itself would refuse it.
+    with mock.patch.object(DTensor, "grad", other.grad, create=True):
+        optimizer = fusedreg.SGD([plain, param], max_grad_norm=1.0)
+        before = held(optimizer)
+        with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
+            optimizer.step()
+    assert held(optimizer) == before
+
+
+@paths
+@pytest.mark.parametrize("who", ["rank 2", "all"])
+@pytest.mark.parametrize("kind", ["dtensors", "group"])
+@on_every_rank
+def test_rank_without_any_gradient_joins_in(kind: str, who: str, path: str) -> None:
+    """Else the others would wait for ever."""
+    case = next(case for case in CASES if case.id == "sgd_momentum-none")
+    rank, idle = dist.get_rank(), who == "all" or dist.get_rank() == 2
+    (start, *_), (grad, *_) = (tensors(seed, shapes=[(8, 3)]) for seed in range(2))
+    part = grad.chunk(WORLD)[rank]
+    more: dict[str, Any] = {}
+    if kind == "group":
+        params = [nn.Parameter(start.chunk(WORLD)[rank].clone())]
+        more["process_group"] = dist.group.WORLD
+    else:  # of which the second has never a gradient, and is on a mesh of its own
+        params = [nn.Parameter(spread(start, layout)) for layout in ("4:0", "22:R0")]
+        part = spread(grad, "4:0")
+    optimizer = case.make(params, path, max_grad_norm=MAX_NORM, **more)
+    twin = nn.Parameter(start.clone())
+    alone = case.make([twin], max_grad_norm=MAX_NORM)
+    twin.grad = grad.clone()
+    twin.grad.chunk(WORLD)[2].zero_()  # without decay, no gradient is a gradient of zeros
+    if who == "all":
+        twin.grad.zero_()
+    for _ in range(STEPS):
+        params[0].grad = None if idle else part
+        optimizer.step()
+        alone.step()
+        assert_close([optimizer.grad_norm], [alone.grad_norm], rtol=1e-7)
+        assert_close([local(params[0])], [twin.chunk(WORLD)[rank]])
+
+
+@on_every_rank
+def test_ranks_agree_on_what_the_first_step_is_after_loading() -> None:
+    """A scheduler may start again from lr 0, and a rank without a part has no state to load."""
+    has_part = dist.get_rank() % 2
+    params = [nn.Parameter(torch.ones(has_part))]
+    optimizer = fusedreg.AdamW(params, max_grad_norm=1.0, process_group=dist.group.WORLD)
+    old = fusedreg.AdamW(params)
+    params[0].grad = torch.ones(1) if has_part else None
+    old.step()
+    optimizer.load_state_dict(old.state_dict())
+    for step in range(2):
+        optimizer.param_groups[0]["lr"] = 0.1 * step
+        optimizer.step()
+        assert_close([optimizer.grad_norm], [torch.tensor(math.sqrt(2))], rtol=1e-7)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -27,7 +27,7 @@ def check_keys(state_dict: Any) -> None:
         problem = f"is no dict but {type(state_dict).__name__}"
     elif wrong:
         problem = f"lacks {' and '.join(wrong)}"
-    elif not all("params" in group for group in state_dict["param_groups"]):
+    elif not all(map(_is_group, state_dict["param_groups"])):
         problem = "lacks 'params' in a group"
     else:
         return
@@ -37,13 +37,21 @@ def check_keys(state_dict: Any) -> None:
     )
 
 
+def _is_group(group: object) -> bool:
+    return isinstance(group, Mapping) and isinstance(group.get("params"), Sequence)
+
+
 def is_absent(value: object) -> bool:
     """None, as an older torch.optim.SGD wrote, or the empty dict that torch unflattens to."""
     return value is None or (isinstance(value, dict) and not value)
 
 
-def check_states(state_dict: StateDict, rule: Any) -> None:
-    """Raise unless each parameter has the states that class `rule` keeps, all or none."""
+def check_states(state_dict: StateDict, rule: Any, others: Container[str]) -> None:
+    """Raise unless each parameter has the states that class `rule` keeps, all or none.
+
+    What else it has is a user's own, unless it has nothing of `rule` and something of `others`, the
+    moments that other classes keep.
+    """
     known = {*rule.scalar_states, *rule.tensor_states}
     ids = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key, state in state_dict["state"].items():
@@ -60,9 +68,7 @@ def check_states(state_dict: StateDict, rule: Any) -> None:
             )
         found = {name for name in known & state.keys() if not is_absent(state[name])}
         missing = sorted(known - found - {*rule.late_states})
-        # Beside its own states a user may keep masks, averages and notes. Where there is none of
-        # its own, what has a floating dtype is a moment of another class.
-        foreign = [name for name, value in state.items() if _is_moment(value) and name not in known]
+        foreign = [name for name in state if name in others and name not in known]
         if foreign and not found:
             raise ValueError(
                 f"loaded state dict contains {foreign[0]!r} for parameter {key}, which "
@@ -73,10 +79,6 @@ def check_states(state_dict: StateDict, rule: Any) -> None:
                 f"loaded state dict lacks {missing[0]!r} for parameter {key}: it was not written "
                 "whole, or by another class"
             )
-
-
-def _is_moment(value: object) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def merge_groups(
@@ -139,12 +141,16 @@ def _count(key: Any, name: str, value: Any, param: Tensor) -> Tensor:
     """One number on the parameter's device, in a dtype that can count."""
     # A file older than torch 1.12 has a Python number. A default device would move a tensor.
     number = not isinstance(value, Tensor)
+    what = f"loaded state dict contains {name!r}"
+    if number and not isinstance(value, (int, float)):
+        raise ValueError(f"{what} as {type(value).__name__} for parameter {key}, not a number")
     count: Tensor = torch.as_tensor(value, device=param.device) if number else value
     if count.numel() != 1:
         raise ValueError(
-            f"loaded state dict contains {name!r} of shape {tuple(count.shape)} for parameter "
-            f"{key}, but it is one number"
+            f"{what} of shape {tuple(count.shape)} for parameter {key}, but it is one number"
         )
+    if count.is_complex() or (name == "step" and not count >= 0):
+        raise ValueError(f"{what} {count.item()} for parameter {key}, but it counts from 0")
     # Another class may have narrowed it: a bfloat16 count would stand still at 256.
     least = torch.float32 if name == "step" else wide_dtype(param.device)
     dtype = torch.promote_types(count.dtype, least)
@@ -168,6 +174,11 @@ def _moment(
             f"{what} on {mesh_of(value) or 'no mesh'} for parameter {key}, which is on "
             f"{mesh_of(param) or 'no mesh'}: DTensors and what is not one are loaded with "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+    if value.layout is not torch.strided or (value.is_complex() and not param.is_complex()):
+        raise ValueError(
+            f"{what} as {value.dtype}, {value.layout} for parameter {key}, which is {param.dtype}, "
+            f"{torch.strided}"
         )
     value = sharded_as(param, value)
     # torch casts to the parameter's dtype. A state wider than its parameter was asked for, and one

@@ -113,18 +113,18 @@ def total_norm(norms: Mapping[Spread | None, Tensor], group: Any) -> Tensor:
     return _root(squares)
 
 
-SCALE = 2.0**500
+SCALE = {torch.float64: 2.0**530, torch.float32: 2.0**70}
 
 
 def _squares(norm: Tensor) -> Tensor:
     """The square of a norm, and of a part of it that does not overflow where the norm does."""
-    return torch.stack([norm, norm / SCALE]).square()
+    return torch.stack([norm, norm / SCALE[norm.dtype]]).square()
 
 
 def _root(squares: Tensor) -> Tensor:
     """The norm that sums of `_squares` stand for."""
     plain, scaled = squares.sqrt()
-    return torch.where(plain == torch.inf, scaled * SCALE, plain)
+    return torch.where(plain == torch.inf, scaled * SCALE[plain.dtype], plain)
 
 
 def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:

@@ -224,7 +224,8 @@ class Inventory:
                 states = chain.from_iterable(states)
         else:
             named = zip(params, self.names, strict=True)
-            states = (state[param][name] for param, names in named for name in names)
+            # get, because a defaultdict would make an entry
+            states = (state.get(param, {})[name] for param, names in named for name in names)
         states = list(states)
         if self.sharded:
             params, states = list(map(local, params)), list(map(local, states))

@@ -246,8 +246,11 @@ class FusedOptimizer(Optimizer):
         # step with gradients that were unscaled before. So it unscales and clips, and this skips.
         if sys._getframe(1).f_globals.get("__name__") in LIGHTNING:
             return False
-        # What overflowed here is not all that did: the scaler must ask the other ranks.
+        # What overflowed here is not all that did. Only a scaler that unscales sums it over ranks,
+        # and of the two only ShardedGradScaler does.
         if self._own.process_group is not None or self._splitter is not None:
+            return False
+        if dist.splitter_of(self._params()) is not None:  # split after the optimizer was made
             return False
         return any(group["fused"] for group in self.param_groups)
 
@@ -345,12 +348,9 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(NOT_BEFORE_CAPTURE)
         self._init_states(work)
         # An option turned on while a parameter has no gradient may need more of its state.
-        self._init_states(
-            [
-                (group, [p for p in group["params"] if p in candidates and p in self.state])
-                for group in self.param_groups
-            ]
-        )
+        names = {*self.tensor_states, *self.scalar_states}
+        begun = [p for p in candidates if names & self.state.get(p, {}).keys()]
+        self._init_states([(self.param_groups[candidates[param]], [param]) for param in begun])
         chosen = {
             param: index
             for param, index in candidates.items()
@@ -509,18 +509,20 @@ class FusedOptimizer(Optimizer):
         for param in params:
             assert param.grad is not None
             device = param.device
+            part = local(param)
+            before = part._version
             # Elementwise, so that the parts which are here are stepped like any tensor.
             reference.update(
                 self,
                 settings[device],
-                local(param),
+                part,
                 local(dist.sharded_as(param, param.grad)),
                 {name: local(value) for name, value in self.state.get(param, {}).items()},
                 number(scale, device),
                 number(skip, device),
             )
-        # As the operations in place did, of which the DTensors around the parts do not know.
-        torch.autograd.graph.increment_version([p for p in params if local(p) is not p])
+            if part is not param and part._version != before:  # of which a DTensor does not know
+                torch.autograd.graph.increment_version(param)
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
@@ -559,7 +561,8 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError: no `state_dict`, or one with other groups, sizes, shapes or names of states
-                than this optimizer's, or one that lacks states. Nothing has changed.
+                than this optimizer's, or one that lacks states.
+            TypeError: an option that is not a number. Nothing has changed.
         """
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -567,7 +570,8 @@ class FusedOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         checkpoint.check_keys(state_dict)
         groups = checkpoint.merge_groups(self.param_groups, state_dict["param_groups"])
-        checkpoint.check_states(state_dict, type(self))
+        others = {name for cls in _classes(FusedOptimizer) for name in cls.tensor_states}
+        checkpoint.check_states(state_dict, type(self), others)
         for group in groups:
             self._check_group(group, read_device=True)
         state = checkpoint.restore_state(groups, state_dict, type(self))
@@ -577,8 +581,10 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle keep: unlike torch's, also own attributes and hooks."""
-        own = {name: getattr(self, name) for name in self._kept_by_pickle}
-        return {**super().__getstate__(), **own, "_own": replace(self._own)}
+        kept = {name: getattr(self, name) for name in self._kept_by_pickle}
+        skipped = self._own.skipped_steps  # which counts in place
+        own = replace(self._own, skipped_steps=None if skipped is None else skipped.clone())
+        return {**super().__getstate__(), **kept, "_own": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -589,3 +595,10 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+
+def _classes(cls: type[FusedOptimizer]) -> Iterator[type[FusedOptimizer]]:
+    """All classes below `cls`."""
+    for below in cls.__subclasses__():
+        yield below
+        yield from _classes(below)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -324,6 +325,15 @@ def test_skip_nonfinite_changes_no_finite_step(case: Case, path: str) -> None:
     assert optimizer.grad_norm == math.inf
     assert optimizer.skipped_steps == 0
     assert not differences(snapshot(optimizer), snapshot(plain))
+
+
+def test_a_shallow_copy_counts_its_own_skipped_steps() -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = fusedreg.SGD([param], skip_nonfinite=True)
+    param.grad = torch.full((2,), math.nan)
+    optimizer.step()
+    copy.copy(optimizer).step()
+    assert optimizer.skipped_steps == 1
 
 
 def test_skip_nonfinite_may_change_at_any_time(path: str) -> None:

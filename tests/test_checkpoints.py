@@ -370,12 +370,10 @@ def test_state_that_is_no_tensor_is_refused(cls: type, name: str, value: object)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_what_a_user_keeps_beside_the_states_comes_with_the_file(cls: type, note: Any) -> None:
     optimizer, other = trained(cls), trained(cls, seed=1)
-    # Alone a tensor would be taken for a moment of another class.
-    alone = not isinstance(note, torch.Tensor)
-    for param in parameters_of(optimizer)[: None if alone else -1]:
+    for param in parameters_of(optimizer):  # the last has no state else
         optimizer.state[param]["note"] = note
     other.load_state_dict(optimizer.state_dict())
-    for param in parameters_of(other)[: None if alone else -1]:
+    for param in parameters_of(other):
         assert type(other.state[param]["note"]) is type(note)
 
 
@@ -400,3 +398,20 @@ def test_state_that_is_no_dict_is_refused() -> None:
         saved["state"][0] = None
 
     assert_refused(fusedreg.Adam, spoil, "^loaded state dict contains None as the state")
+
+
+NO_MOMENT: dict[str, Spoil] = {
+    "text": lambda saved: saved["state"][1].update(step="x"),
+    "negative": lambda saved: saved["state"][1].update(step=torch.tensor(-3.0)),
+    "nan": lambda saved: saved["state"][1].update(step=math.nan),
+    "complex_step": lambda saved: saved["state"][1].update(step=torch.tensor(1j)),
+    "sparse": lambda saved: saved["state"][1].update(exp_avg=torch.zeros(5, 3).to_sparse()),
+    "complex": lambda saved: saved["state"][1].update(exp_avg=torch.zeros(5, 3) * 1j),
+    "group_of_another_kind": lambda saved: {**saved, "param_groups": [3, 4]},
+    "params_of_another_kind": lambda saved: {**saved, "param_groups": [{"params": None}] * 2},
+}
+
+
+@pytest.mark.parametrize("spoil", NO_MOMENT.values(), ids=NO_MOMENT)
+def test_state_that_no_step_could_use_is_refused(spoil: Spoil) -> None:
+    assert_refused(fusedreg.Adam, spoil, "^loaded state dict ")

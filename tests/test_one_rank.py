@@ -176,3 +176,22 @@ def test_refused_group_leaves_no_trace() -> None:
     param.grad = torch.ones(2)
     optimizer.step()
     assert optimizer.grad_norm == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"skip_nonfinite": True}])
+@pytest.mark.usefixtures("world_of_one")
+def test_backward_works_after_a_step_of_a_dtensor_that_changed_nothing(options: Any) -> None:
+    devices = init_device_mesh("cpu", (1,))
+    param = nn.Parameter(distribute_tensor(torch.ones(2), devices, [Shard(0)]))
+    loss = (param * param).sum()
+    param.grad = torch.full_like(param, math.nan)
+    fusedreg.SGD([param], **options).step()
+    loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norm_of_parts_is_finite_where_its_square_is_not(dtype: torch.dtype) -> None:
+    """float32 is the widest dtype of some devices."""
+    norm = torch.tensor(torch.finfo(dtype).max / 4, dtype=dtype)
+    found = fusedreg.dist._root(4 * fusedreg.dist._squares(norm))
+    torch.testing.assert_close(found, 2 * norm)

@@ -231,6 +231,23 @@ def test_option_turned_on_while_a_parameter_has_no_gradient(loaded: bool) -> Non
     }
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_without_gradient_get_no_state(fused: bool) -> None:
+    """A frozen one with a note, and one whose state was deleted."""
+    params = parameters(shapes=[(3,), (2,), (4,)])
+    optimizer = fusedreg.Adam(params, fused=fused)
+    optimizer.state[params[1]]["note"] = "frozen"
+    for seed in range(3):
+        set_grads(params, seed)
+        params[1].grad = None
+        if seed:
+            optimizer.state.pop(params[2], None)
+            params[2].grad = None
+        optimizer.step()
+    assert optimizer.state[params[1]] == {"note": "frozen"}
+    assert params[2] not in optimizer.state
+
+
 def test_backward_through_parameters_of_a_skipped_step_works() -> None:
     param = nn.Parameter(torch.ones(3))
     loss = (param**3).sum()

@@ -221,6 +221,23 @@ def test_a_norm_over_parts_is_refused_without_a_group(
 
 
 @on_every_rank
+def test_scaler_asks_all_ranks_also_where_parameters_were_split_later() -> None:
+    """It asks before the first step whether the optimizer does without it."""
+    net = nn.Linear(4, 4)
+    optimizer = fusedreg.SGD(net.parameters(), lr=0.1, fused=True)
+    model = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+    scaler = ShardedGradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(torch.ones(1, 4)).sum()).backward()
+    if dist.get_rank() == 0:
+        next(p.grad for p in net.parameters() if p.grad is not None and p.numel())[0] = math.inf
+    before = [param.detach().clone() for param in net.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2
+    assert_close(net.parameters(), before, rtol=0, atol=0)
+
+
+@on_every_rank
 def test_what_fsdp1_leaves_whole_counts_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     cpu = torch.device("cpu")

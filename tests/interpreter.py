@@ -2,6 +2,7 @@
 
 - It truncates to bfloat16 where every GPU rounds to nearest even, and takes the bits of a bfloat16
   for an integer when it converts to float64.
+- Before 3.7 it makes an int of an array with one entry, which numpy 2.4 refuses.
 - It takes as long for an operation on nothing, so that most of a step would be the blocks of a
   chunk that small tensors do not have. A chunk of four blocks has all there is to a longer one.
 - It patches the whole language again at every call of a device function, which takes half of its
@@ -48,7 +49,14 @@ def patch_lang(fn: Any) -> Any:
     if module in _patched:
         return None  # of a device function; only the scope of the kernel itself is used
     _patched.add(module)
-    return _patch_lang(fn)
+    scope = _patch_lang(fn)
+    tl.tensor.__index__ = index  # which the scope takes back
+    return scope
+
+
+def index(self: Any) -> int:
+    """A scalar as a bound of a loop."""
+    return int(self.handle.data.item())
 
 
 def launch(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -129,6 +129,8 @@ def _root(squares: Tensor) -> Tensor:
 
 def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:
     """Sum of squares of all parts in a mesh, each element counted once."""
+    if mesh.get_coordinate() is None:
+        raise RuntimeError(f"this rank has DTensors of {mesh}, of which it is no member")
     dims = sorted({dim for spread in norms for dim in spread.dims})
     squares = torch.stack(
         [
@@ -136,8 +138,6 @@ def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:
             for spread, norm in norms.items()
         ]
     ).sum(dim=0)
-    if mesh.get_coordinate() is None:
-        raise RuntimeError(f"this rank has DTensors of {mesh}, of which it is no member")
     if len(dims) == mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():
         return _sum_over(torch.distributed.group.WORLD, squares)
     for dim in dims:

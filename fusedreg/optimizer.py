@@ -346,11 +346,12 @@ class FusedOptimizer(Optimizer):
             raise ValueError("some parameters appear in more than one parameter group")
         if any(is_capturing(device) for device in {param.device for param in candidates}):
             raise RuntimeError(NOT_BEFORE_CAPTURE)
-        self._init_states(work)
-        # An option turned on while a parameter has no gradient may need more of its state.
+        # Those without a gradient too, if they have begun: an option that was turned on may need
+        # more of their state.
         names = {*self.tensor_states, *self.scalar_states}
-        begun = [p for p in candidates if names & self.state.get(p, {}).keys()]
-        self._init_states([(self.param_groups[candidates[param]], [param]) for param in begun])
+        idle = {p for p in candidates if p.grad is None and names & self.state.get(p, {}).keys()}
+        waiting = [(g, [p for p in g["params"] if p in idle]) for g in self.param_groups]
+        self._init_states(work + waiting)
         chosen = {
             param: index
             for param, index in candidates.items()

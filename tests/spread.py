@@ -35,10 +35,10 @@ from compare import frozen, parameters_of
 from ranks import WORLD
 
 with warnings.catch_warnings():
-    # The package uses what torch itself calls deprecated.
+    # The package uses what torch itself calls deprecated. Tests take its names from here.
     warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    from torch.distributed.optim import _apply_optimizer_in_backward as apply_in_backward  # noqa: F401  # theirs
+    from torch.distributed.optim import _apply_optimizer_in_backward as apply_in_backward  # noqa: F401  # for test_one_rank
 
 
 STEPS = 5

@@ -194,7 +194,7 @@ def test_state_dtype_survives_loading_whatever_the_file_has(path: str) -> None:
 @pytest.mark.parametrize("bad", [torch.int32, torch.complex64, "float32", torch.float8_e4m3fn])
 def test_bad_state_dtype_is_refused(bad: object) -> None:
     with pytest.raises(ValueError, match="Invalid state_dtype value"):
-        fusedreg.SGD(parameters(), state_dtype=bad)  # type: ignore[arg-type]
+        fusedreg.SGD(parameters(), state_dtype=bad)  # type: ignore[arg-type]  # that is what is refused
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -187,12 +187,6 @@ def group_of(description: Group | None) -> Any:
             f"{description.ranks}, and here has others: assign optimizer.process_group"
         )
     return found
-
-
-def splitter_of(params: Iterable[Tensor]) -> str | None:
-    """What splits plain parameters between ranks, of all that says so; else None."""
-    flattened = any(spread_of(param) is FLATTENED for param in params)
-    return "FullyShardedDataParallel" if flattened else None
 
 
 def constructing_splitter() -> str | None:

@@ -250,7 +250,7 @@ class FusedOptimizer(Optimizer):
         # and of the two only ShardedGradScaler does.
         if self._own.process_group is not None or self._splitter is not None:
             return False
-        if dist.splitter_of(self._params()) is not None:  # split after the optimizer was made
+        if dist.FLATTENED in map(dist.spread_of, self._params()):
             return False
         return any(group["fused"] for group in self.param_groups)
 
@@ -284,7 +284,6 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_norm_is_global()
         fresh = not self.state
         plan, rest = self._gather()
         self._own.grad_norm = None
@@ -317,9 +316,12 @@ class FusedOptimizer(Optimizer):
 
         Where it raises, nothing has changed but that state may have been created, of zeros.
         """
-        plan = self._plan
-        if plan is None or not plan.inventory.refresh(self.param_groups, self.state):
-            rest = self._make_plan()
+        plan = old = self._plan
+        if old is None or not old.inventory.refresh(self.param_groups, self.state):
+            plan = self._plan = None  # so that nothing of the old one is believed
+        self._check_norm_is_global()
+        if plan is None:
+            rest = self._make_plan(old)
             plan = self._plan
         else:
             if plan.capturing() and plan not in self._captured:
@@ -329,11 +331,11 @@ class FusedOptimizer(Optimizer):
             self._init_states(rest)
         return (plan if plan is not None and plan.inventory.has_grads else None), rest
 
-    def _make_plan(self) -> Work:
+    def _make_plan(self, old: Plan | None) -> Work:
         """Plan for the parameters that kernels step, return the rest; create the state of both."""
         work = self._collect()
-        old = None if self._plan is None else self._plan.inventory
-        known = {} if old is None else dict(zip(old.chosen, old.grad_dtypes, strict=True))
+        seen = None if old is None else old.inventory
+        known = {} if seen is None else dict(zip(seen.chosen, seen.grad_dtypes, strict=True))
         # A parameter stays in the plan while it has no gradient, so that experts may come and go.
         candidates = {
             param: index
@@ -359,7 +361,6 @@ class FusedOptimizer(Optimizer):
         }
         rest = [(group, [p for p in params if p not in chosen]) for group, params in work]
         rest = [(group, params) for group, params in rest if params]
-        self._plan = None
         launch = backend.kernels() if chosen else None
         if launch is not None:
             others = {param for _, params in rest for param in params}
@@ -385,9 +386,6 @@ class FusedOptimizer(Optimizer):
 
     def _collect(self, without: Container[Tensor] = ()) -> Work:
         """The groups with those of their parameters that have a gradient; raises on bad input."""
-        if self._splitter is None:  # parameters may be split after the optimizer was made
-            self._splitter = dist.splitter_of(self._params())
-            self._check_norm_is_global()
         work = []
         for which, group in enumerate(self.param_groups):
             self._check_group(group)
@@ -441,9 +439,11 @@ class FusedOptimizer(Optimizer):
                 f"{what}, which are not there inside a backward pass: call step() after it, or "
                 "construct the optimizers of apply_optimizer_in_backward without the two"
             )
-        if self._splitter is not None and self._own.process_group is None:
+        fsdp = dist.FLATTENED in self._spreads()
+        splitter = "FullyShardedDataParallel" if fsdp else self._splitter
+        if splitter is not None and self._own.process_group is None:
             raise RuntimeError(
-                f"{what}, but {self._splitter} gives each rank a part of the parameters: say which "
+                f"{what}, but {splitter} gives each rank a part of the parameters: say which "
                 "ranks make a whole with process_group=..., torch.distributed.group.WORLD or, "
                 "where parts are replicated, those of one replica (a keyword of the optimizer; in "
                 "ZeroRedundancyOptimizer, which has one of that name for itself, "
@@ -546,7 +546,6 @@ class FusedOptimizer(Optimizer):
             self._check_group(param_group, read_device=True)
             for index in range(len(param_group["params"])):
                 check_param(self.param_groups, len(self.param_groups) - 1, index)
-            self._splitter = self._splitter or dist.splitter_of(param_group["params"])
         except Exception:  # whatever it was, the group must not stay
             self.param_groups.pop()
             raise

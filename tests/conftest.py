@@ -20,13 +20,17 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain nothing from threads
 
 
-@pytest.fixture(params=list(PATHS))
+@pytest.fixture(params=[*PATHS, "device"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the optimizer is asked to run; see cases.PATHS."""
-    if request.param.endswith("device"):
-        for module in (fusedreg.scalars, fusedreg.checks, fusedreg.inventory):
-            monkeypatch.setattr(module, "on_host", lambda value: False)
-    return request.param
+    """How the optimizer is asked to run: cases.PATHS, and the reference as on an accelerator.
+
+    For the latter, every number looks as if it lay on the device: the host reads none of them.
+    """
+    if request.param != "device":
+        return request.param
+    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.inventory):
+        monkeypatch.setattr(module, "on_host", lambda value: False)
+    return "reference"
 
 
 @pytest.fixture(autouse=True)

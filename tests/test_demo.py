@@ -21,7 +21,7 @@ from rich.console import Console
 
 import fusedreg.demo
 from fusedreg.__main__ import main
-from fusedreg.demo import diabetes, digits, figures, report
+from fusedreg.demo import diabetes, digits, figures
 from fusedreg.demo.comparison import Comparison
 from fusedreg.demo.progress import tracking
 
@@ -293,13 +293,6 @@ def test_labels_are_apart_and_in_order() -> None:
     assert np.diff(sorted(placed)).min() >= 0.1 - 1e-12
     assert placed[5] == -1.0
     assert np.mean(placed) == pytest.approx(np.mean(values))
-
-
-def test_caption_without_a_processor_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "CPU_INFO", tmp_path / "missing")
-    assert report.environment()["machine"]["cpu"] is None
-    assert "None" not in report.caption()
-    assert f"fusedreg {fusedreg.__version__}" in report.caption()
 
 
 def test_a_job_left_early_counts_as_done() -> None:

@@ -26,6 +26,8 @@ LAYERS = [
     "sgd",
     "adam",
     "__init__",
+    "cases",
+    "machine",
     "demo",
     "__main__",
 ]

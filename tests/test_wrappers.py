@@ -80,7 +80,7 @@ def test_wrapped_model_trains_alike_where_numbers_are_on_the_device(wrapper: str
     with ExitStack() as patches:
         for module in (fusedreg.scalars, fusedreg.checks, fusedreg.inventory):
             patches.enter_context(mock.patch.object(module, "on_host", return_value=False))
-        train_both(wrapper, ADAMW, "device", skip_nonfinite=True)
+        train_both(wrapper, ADAMW, "reference", skip_nonfinite=True)
 
 
 def train_both(wrapper: str, case: Case, path: str, **more: Any) -> None:

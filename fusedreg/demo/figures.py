@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from fusedreg.demo import diabetes
 from fusedreg.demo.diabetes import Data, Path
 from fusedreg.demo.digits import Pair, Recipe
 from fusedreg.demo.progress import Track
-from fusedreg.demo.report import caption
+from fusedreg.demo.style import CLOUD, COLOURS, QUIET, SPIKE, new_figure, tidy
+from fusedreg.machine import caption
 
 FEATURES = {
     "bp": "blood pressure",
@@ -28,14 +28,6 @@ FEATURES = {
     "s6": "blood sugar",
 }
 """What scikit-learn's short names stand for."""
-
-# Paul Tol's "muted" scheme, distinct for every common colour blindness, with its two colours that
-# are too pale for text on white replaced from Okabe and Ito's, and black for the tenth.
-COLOURS = (
-    *("#332288", "#56B4E9", "#44AA99", "#117733", "#999933"),
-    *("#E69F00", "#CC6677", "#882255", "#AA4499", "#000000"),
-)
-SPIKE, CLOUD, QUIET = "#D55E00", "#6699BB", "#555555"
 
 ZERO_SLOT = -8.7
 """Where the bar of exact zeros stands on the axis of log10 |w|, which has no place for them."""
@@ -70,7 +62,7 @@ def write(
 
 def overview(data: Data, paths: Sequence[Path], pairs: Sequence[Pair]) -> Figure:
     """The one picture: a Lasso path, and where L1 in the loss and L1 by prox leave the weights."""
-    figure = _figure(11, 4.9)
+    figure = new_figure(11, 4.9, caption("scikit-learn"))
     ((left, right),) = figure.subfigures(1, 2, width_ratios=(1.3, 1), wspace=0.03, squeeze=False)
     axes = left.subplots()
     draw_path(axes, data, _find(paths, "Lasso", "Adam"), _find(paths, "Lasso", "scikit-learn"))
@@ -88,7 +80,7 @@ def overview(data: Data, paths: Sequence[Path], pairs: Sequence[Pair]) -> Figure
 
 def all_paths(data: Data, paths: Sequence[Path]) -> Figure:
     """Every path by every optimizer, and below how far it is from scikit-learn's."""
-    figure = _figure(12, 11)
+    figure = new_figure(12, 11, caption("scikit-learn"))
     solvers = list(diabetes.SOLVERS)
     heights = [3.0] * len(solvers) + [1.2]
     grid = figure.subplots(
@@ -168,7 +160,7 @@ def draw_differences(axes: Axes, paths: Sequence[Path], exact: Path) -> None:
 
 def all_histograms(pairs: Sequence[Pair]) -> Figure:
     """One panel per recipe; only the proximal ones have weights in the slot of exact zeros."""
-    figure = _figure(13, 6.2)
+    figure = new_figure(13, 6.2, caption("scikit-learn"))
     columns = 4
     grid = figure.subplots(len(pairs) // columns + 1, columns, sharex=True, sharey=True)
     panels = list(grid.flat)
@@ -207,7 +199,7 @@ def draw_histogram(axes: Axes, pair: Pair) -> None:
     labels = ["0", "≤$10^{-7}$", *(f"$10^{{{power}}}$" for power in powers)]
     axes.set_xticks([ZERO_SLOT, SMALLEST, *powers], labels)
     axes.set_xlim(ZERO_SLOT - 0.8, 0.8)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _call(recipe: Recipe) -> str:
@@ -224,15 +216,6 @@ def _find(paths: Sequence[Path], penalty: str, solver: str) -> Path:
     return found
 
 
-def _figure(width: float, height: float) -> Figure:
-    """A figure (of no window system) with the environment in its lower left corner."""
-    room = 0.26 / height
-    layout = ConstrainedLayoutEngine(rect=(0, room, 1, 1 - room))
-    figure = Figure(figsize=(width, height), layout=layout)
-    figure.text(0.008, 0.06 / height, caption(), fontsize=7, color=QUIET, va="bottom")
-    return figure
-
-
 def _path_legend(axes: Axes) -> None:
     line = Line2D([], [], color=QUIET, linewidth=3, alpha=0.45, label="line: fusedreg")
     dots = Line2D([], [], color=QUIET, marker="o", markersize=4, ls="", label="dots: scikit-learn")
@@ -243,11 +226,4 @@ def _l1_axis(axes: Axes, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(max(path.l1) * 1.15, min(path.l1) / 1.1)
     axes.set_xlabel("l1, decreasing")
-    _tidy(axes)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9, colors=QUIET)
-    axes.xaxis.label.set(fontsize=10, color=QUIET)
-    axes.yaxis.label.set(fontsize=10, color=QUIET)
+    tidy(axes)

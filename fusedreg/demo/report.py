@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path as FilePath
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 
-import fusedreg
 from fusedreg.demo import diabetes, digits
 from fusedreg.demo.comparison import Comparison
+from fusedreg.machine import environment
 
 STYLE: dict[str, Any] = {
     "box": box.SIMPLE_HEAD,
@@ -25,46 +20,6 @@ STYLE: dict[str, Any] = {
     "pad_edge": False,
 }
 """Of the tables; they fit into 80 columns."""
-
-
-CPU_INFO = FilePath("/proc/cpuinfo")
-"""Where Linux says what the processor is called; nowhere else is it as cheap to ask."""
-
-
-def environment() -> dict[str, dict[str, Any]]:
-    """The machine and the versions that the numbers belong to."""
-    return {
-        "machine": {
-            "cpu": _cpu_model(),
-            "architecture": platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "scikit-learn": version("scikit-learn"),
-            "fusedreg": fusedreg.__version__,
-        },
-    }
-
-
-def _cpu_model() -> str | None:
-    try:
-        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else None
-
-
-def caption() -> str:
-    """The environment in one line, to stand inside a figure."""
-    found = environment()
-    machine = found["machine"]
-    cpu = ", ".join(name for name in (machine["cpu"], machine["architecture"]) if name)
-    versions = [f"{name} {number}" for name, number in found["versions"].items()]
-    return " · ".join([f"{cpu}, {machine['cores']} cores", *versions])
 
 
 def path_table(paths: Sequence[diabetes.Path], data: diabetes.Data) -> Table:
@@ -142,7 +97,7 @@ def record(
 ) -> dict[str, Any]:
     """All numbers, for demo.json."""
     return {
-        **environment(),
+        **environment("scikit-learn"),
         "seconds": seconds,
         "tolerances": {
             "kkt_residual": diabetes.KKT_TOLERANCE,

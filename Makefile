@@ -7,7 +7,10 @@ INTEGRATION := .venv-integration
 # The environment of the wheel has nothing but the wheel, so that it finds what the wheel forgot.
 WHEEL_PYTHON := .venv-wheel/bin/python
 
-.PHONY: demo test test-integration test-triton bench lint types wheel clean
+.PHONY: check demo test test-integration test-triton bench docs figures lint types wheel clean
+
+check: $(READY)  ## whether every optimizer is right on this machine, and which path runs
+	$(BIN)/fusedreg check
 
 demo: $(READY)  ## train on real data, compare with scikit-learn and torch.optim, draw the figures
 	$(BIN)/fusedreg demo
@@ -38,8 +41,15 @@ test-triton: $(TRITONS:%=.triton/%)  ## compile and interpret the kernels with o
 .triton/%: | $(READY)
 	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$*
 
-bench: $(READY)  ## time a step beside torch.optim's
-	$(BIN)/pytest bench --benchmark-only --benchmark-columns=min,median,max --benchmark-sort=name
+bench: $(READY)  ## time a step beside torch.optim's; results and figures go into bench/results/
+	$(BIN)/python bench/run.py $(BENCH)
+
+docs: $(READY)  ## build the site into site/, with figures drawn on this machine
+	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/figures/all.py site/figures
+
+figures: $(READY)  ## draw the figures of the documentation anew, in their place
+	$(BIN)/python docs/figures/all.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -58,7 +68,7 @@ wheel: $(READY)  ## build the wheel, install it alone, use it from another direc
 	cd / && $(CURDIR)/$(WHEEL_PYTHON) $(CURDIR)/.ci/smoke.py
 
 clean:
-	rm -rf .venv .venv-wheel $(INTEGRATION) .triton build dist *.egg-info
+	rm -rf .venv .venv-wheel $(INTEGRATION) .triton build dist site *.egg-info
 
 $(READY): pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv

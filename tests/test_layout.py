@@ -28,6 +28,7 @@ LAYERS = [
     "__init__",
     "cases",
     "machine",
+    "check",
     "demo",
     "__main__",
 ]

@@ -1,7 +1,9 @@
 """What an installed wheel must do: `make wheel` runs this outside the repository and pytest."""
 
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -26,5 +28,16 @@ demo = subprocess.run(
 )
 if demo.returncode != 2 or "pip install 'fusedreg[demo]'" not in demo.stderr:
     raise SystemExit(f"fusedreg demo: exit {demo.returncode}, {demo.stderr}")
+
+# Every step is right on a CPU, with triton and without.
+with tempfile.TemporaryDirectory() as folder:
+    found = Path(folder, "check.json")
+    command = [sys.executable, "-m", "fusedreg", "check", "--device", "cpu", "--json", str(found)]
+    check = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check.returncode != 0:
+        raise SystemExit(f"fusedreg check: exit {check.returncode}\n{check.stdout}{check.stderr}")
+    steps = json.loads(found.read_text(encoding="utf-8"))["steps"]
+    if not steps or any(step["failures"] for step in steps):
+        raise SystemExit(f"fusedreg check: {len(steps)} steps\n{check.stdout}")
 
 print(f"fusedreg {fusedreg.__version__} from a wheel, torch {torch.__version__}")

@@ -6,8 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-DEMO_EXTRA = ("matplotlib", "rich", "sklearn")
+import torch
+
+from fusedreg.cases import CASES, DTYPES
+
+DEMO_EXTRA = ("matplotlib", "sklearn")
 """Modules that only the demo imports."""
 
 
@@ -19,19 +24,72 @@ def demo(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in DEMO_EXTRA:
             raise
-        return _cannot("the demo needs its extra, install it with: pip install 'fusedreg[demo]'")
+        needed = "the demo needs its extra, install it with: pip install 'fusedreg[demo]'"
+        return _cannot("demo", needed)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return _cannot(f"--out {arguments.out}: {error.strerror}")
+        return _cannot("demo", f"--out {arguments.out}: {error.strerror}")
     failed = run(arguments.out)
     for comparison in failed:
         print(f"fusedreg demo: does not hold: {comparison}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _cannot(reason: str) -> int:
-    print(f"fusedreg demo: {reason}", file=sys.stderr)
+def check(arguments: argparse.Namespace) -> int:
+    """Run the check; 0 if every step is right, 1 if one is not, 2 if it cannot run."""
+    try:
+        # Only here: `import fusedreg` must not take the time.
+        from fusedreg.check import devices, run  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        return _cannot("check", "rich is missing, install it with: pip install rich")
+    present = devices()
+    checked = []
+    for asked in arguments.device or present:
+        found = [each for each in present if _is_meant(asked, each)]
+        if not found:
+            return _cannot("check", f"--device {asked}: here are {', '.join(map(str, present))}")
+        checked += found
+    if arguments.json is not None:
+        try:
+            arguments.json.touch()  # rather than fail when all is done
+        except OSError as error:
+            return _cannot("check", f"--json {arguments.json}: {error.strerror}")
+    cases = [case for case in CASES if case.id in (arguments.case or [case.id])]
+    dtypes = [dtype for dtype in DTYPES if dtype in (arguments.dtype or DTYPES)]
+    return run(list(dict.fromkeys(checked)), cases, dtypes, arguments.json)
+
+
+def _is_meant(asked: torch.device, device: torch.device) -> bool:
+    """Whether a device is the one that was asked for; without an index all of its type are."""
+    return device.type == asked.type and asked.index in (None, device.index)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device of torch") from None
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if name not in found:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(found)}")
+    return found[name]
+
+
+def _case(name: str) -> str:
+    if name not in {case.id for case in CASES}:
+        known = f"{CASES[0].id} to {CASES[-1].id}, see fusedreg.cases.CASES"
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
+    return name
+
+
+def _cannot(command: str, reason: str) -> int:
+    print(f"fusedreg {command}: {reason}", file=sys.stderr)
     return 2
 
 
@@ -42,6 +100,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="torch.optim optimizers with exact weight decay, L1 and clipping in the step",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_check(commands)
+    _add_demo(commands)
+    arguments = parser.parse_args(argv)
+    status: int = arguments.command(arguments)
+    return status
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _add_check(commands: Commands) -> None:
+    command = commands.add_parser(
+        "check",
+        help="see that every optimizer is right on this machine",
+        description="Say what is wrong with the installation. Then take one step of every "
+        "optimizer with every penalty in every dtype, on every device and path that is here, and "
+        "hold it against float64. Fails if a step is wrong or takes another path than asked for.",
+    )
+    only = {
+        "device": (_device, "only this device: cpu, cuda, cuda:1 (repeatable)"),
+        "case": (_case, "only this case, named as failures are: adam-l1_prox (repeatable)"),
+        "dtype": (_dtype, "only this dtype: bfloat16 (repeatable)"),
+    }
+    for option, (read, what) in only.items():
+        name = option.upper()
+        command.add_argument(f"--{option}", type=read, action="append", metavar=name, help=what)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all that is found")
+    command.set_defaults(command=check)
+
+
+def _add_demo(commands: Commands) -> None:
     command = commands.add_parser(
         "demo",
         help="compare with scikit-learn and torch.optim on real data, in about a minute",
@@ -56,9 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where the figures and demo.json go (default: %(default)s)",
     )
     command.set_defaults(command=demo)
-    arguments = parser.parse_args(argv)
-    status: int = arguments.command(arguments)
-    return status
 
 
 if __name__ == "__main__":

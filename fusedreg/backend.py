@@ -23,27 +23,35 @@ from fusedreg.dist import is_sharded_alike, local
 FLOOR = (3, 3)
 """The oldest triton that compiles and interprets the kernels."""
 
+NEEDED = f"triton>={FLOOR[0]}.{FLOOR[1]}"
+"""As pip is told."""
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What kernels load and store."""
+
+
+def problem() -> str | None:
+    """Why triton cannot run the kernels, None where it can."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    if found and tuple(map(int, found.groups())) >= FLOOR:
+        return None
+    return f"triton {triton.__version__} is too old"
 
 
 @cache
 def kernels() -> ModuleType | None:
     """`fusedreg.kernels.launch`, or None after one warning where triton cannot be used."""
-    needed = f"triton>={FLOOR[0]}.{FLOOR[1]}"
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError as error:
-        problem = f"triton cannot be imported ({error})"
-    else:
-        found = re.match(r"(\d+)\.(\d+)", triton.__version__)
-        if found and tuple(map(int, found.groups())) >= FLOOR:
-            # A missing module of our own is an error, never a silent slow path.
-            return importlib.import_module("fusedreg.kernels.launch")
-        problem = f"triton {triton.__version__} is too old"
+    found = problem()
+    if found is None:
+        # A missing module of our own is an error, never a silent slow path.
+        return importlib.import_module("fusedreg.kernels.launch")
     warnings.warn(
-        f"{problem}, so fusedreg steps GPU parameters on its slow reference path. Install "
-        f"'{needed}', or pass fused=False to choose the reference without this warning.",
+        f"{found}, so fusedreg steps GPU parameters on its slow reference path. Install "
+        f"'{NEEDED}', or pass fused=False to choose the reference without this warning.",
         stacklevel=2,
     )
     return None
@@ -60,7 +68,8 @@ def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | Non
     A GPU has them unless `fused` is False; a CPU only where triton interprets, with fused=True.
     """
     if device.type == "cuda":
-        return None if fused is False else kernels()
+        # The interpreter runs on the host, which cannot read the addresses of a GPU.
+        return None if fused is False or interpreted() else kernels()
     return kernels() if device.type == "cpu" and fused and interpreted() else None
 
 

@@ -1,9 +1,11 @@
-"""The machine and the versions that measured numbers belong to."""
+"""The machine and the versions that measured numbers belong to, and how many threads they take."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,17 @@ def describe(found: dict[str, dict[str, Any]]) -> str:
     where = ", ".join([*filter(None, names), f"{machine['cores']} cores"])
     numbers = [f"{name} {number}" for name, number in found["versions"].items() if number]
     return " · ".join([where, *numbers])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and lose much where others compute too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _version(package: str) -> str | None:

@@ -333,8 +333,9 @@ def test_neither_import_nor_a_step_on_a_cpu_loads_kernels() -> None:
 
 
 @pytest.fixture
-def fresh_backend() -> Any:
-    """Forget which triton was found, before and after."""
+def fresh_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As on a GPU: nothing is interpreted. Forget which triton was found, before and after."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backend.kernels.cache_clear()
     yield
     backend.kernels.cache_clear()
@@ -360,6 +361,13 @@ def test_old_triton_means_the_reference_with_one_warning(
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
     with pytest.warns(UserWarning, match=f"triton {version} is too old"):
         assert backend.device_kernels(CUDA, fused=None) is None
+
+
+def test_interpreter_is_given_no_addresses_of_a_gpu(
+    fresh_backend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.device_kernels(CUDA, fused=True) is None
 
 
 def test_fused_false_asks_for_no_triton(

@@ -7,17 +7,15 @@ hold of it; `report` and `figures` show the numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
-import torch
 from rich.console import Console
 
 from fusedreg.demo import diabetes, digits, figures, report
 from fusedreg.demo.comparison import Comparison
 from fusedreg.demo.progress import tracking
+from fusedreg.machine import one_thread
 
 __all__ = ["run"]
 
@@ -39,7 +37,7 @@ def run(out: Path, *, l1_count: int = 30, max_epochs: int = 100) -> list[Compari
     patients, images = diabetes.load(), digits.load()
     l1s = diabetes.l1_grid(patients, l1_count)
     jobs = len(diabetes.PENALTIES) * len(diabetes.SOLVERS) + digits.training_count() + 1
-    with _one_thread(), tracking(console, jobs) as track:
+    with one_thread(), tracking(console, jobs) as track:
         paths = []
         for penalty in diabetes.PENALTIES:
             paths += [diabetes.reference(patients, penalty, l1s)]
@@ -64,14 +62,3 @@ def run(out: Path, *, l1_count: int = 30, max_epochs: int = 100) -> list[Compari
     files = ", ".join(["demo.json", *drawn])
     console.out(f"{held}, after {seconds['total']:.0f} s. In {out}: {files}", highlight=False)
     return failed
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower on two threads, and much slower where others compute too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -1,0 +1,374 @@
+"""One step of every case, held against the same step in float64.
+
+The yardstick is the reference path in float64 on the CPU. Weights, gradients and moments are
+rounded to the dtype under test before either step sees them, so what differs is the step itself.
+`torch.optim` takes the same step where it has an equal. In float64 it must agree with the
+yardstick, or the yardstick is wrong. Where torch has no equal, as for L1, nothing here shows that
+the yardstick is right: the tests of the package do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from fusedreg.cases import Case
+from fusedreg.optimizer import FusedOptimizer
+from fusedreg.scalars import wide_dtype
+
+CPU = torch.device("cpu")
+
+SHAPES = [(0,), (5, 3), (), (1,), (3, 0, 2), (1023,), (8193,), (0,)]
+"""Odd sizes, 0-dim, empty ones around, and one more than a chunk (8192) of the kernels."""
+
+SMALLEST = 1 / 8
+"""Weights and gradients lie between this and 1 in size, or, with this probability, are 0.
+
+So (1 - beta2) * g**2 is not 0 in float16, and results are small only where terms cancel.
+"""
+
+ROUNDINGS = 16.0
+"""Most ulp of the dtype that a step computes in.
+
+Clip factor, coupled decay, momentum or moments, bias corrections, root, quotient, step and
+threshold are about 16 roundings, of numbers too. Each is half an ulp of a term at most twice as
+large as what `ulps` compares with (a step that takes a weight from 1 to -1 has size 2). In float32
+on a CPU, 15 draws of the inputs gave 4 to 8; a wrong factor gives thousands.
+"""
+
+CLIPS = (None, 0.5)
+"""Limits of the gradient norm, in units of the norm."""
+
+MARGIN = 1e-3
+"""Nearer (relatively, in l1) to its threshold a weight may be 0 or not, by rounding.
+
+A threshold is about 0.01 at least, and float32 moves a weight of 1 by 1e-7 a rounding.
+"""
+
+
+class Place(NamedTuple):
+    """Where a step runs, and by which path: "reference" or "triton"."""
+
+    device: torch.device
+    path: str
+
+    @property
+    def option(self) -> str:
+        """What the constructor is asked for, a name in `fusedreg.cases.PATHS`."""
+        if self.path == "reference":
+            return "reference"
+        # On a GPU nobody has to ask for the kernels.
+        return "fused" if self.device.type == "cpu" else "default"
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether a step in `dtype` can be right there."""
+        if self.path == "triton" and self.device.type == "cpu":
+            return dtype != torch.bfloat16  # triton's interpreter truncates to it
+        return dtype != torch.float64 or wide_dtype(self.device) == torch.float64
+
+
+class Inputs(NamedTuple):
+    """What a step starts from, in float64; `counts` are the 0-dim states."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    moments: list[dict[str, Tensor]]
+    counts: list[dict[str, Tensor]]
+
+    def rounded(self, dtype: torch.dtype) -> Inputs:
+        """The same as `dtype` holds it."""
+
+        def to(x: Tensor) -> Tensor:
+            return x.to(dtype).double()
+
+        moments = [{name: to(x) for name, x in state.items()} for state in self.moments]
+        return Inputs(list(map(to, self.weights)), list(map(to, self.grads)), moments, self.counts)
+
+
+class Problem(NamedTuple):
+    """A step to take, and what it gives in float64."""
+
+    case: Case
+    dtype: torch.dtype
+    max_norm: float | None
+    inputs: Inputs
+    weights: list[Tensor]
+    states: list[dict[str, Tensor]]
+    zero: list[Tensor]
+    """Where a weight must be exactly 0."""
+    nonzero: list[Tensor]
+    """Where it must not."""
+
+
+class Row(NamedTuple):
+    """What was found of one step."""
+
+    case: str
+    rule: str
+    penalty: str
+    clip: bool
+    dtype: str
+    device: str
+    path: str
+    backend: str = "none"
+    launches: int = 0
+    ulp: float = math.nan
+    torch_ulp: float | None = None
+    """None where torch.optim has no equal."""
+    bound: float = math.nan
+    failures: tuple[str, ...] = ()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a person writes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- what is stepped -----------------------------------------------------------------------------
+
+
+def problems(cases: Iterable[Case], dtypes: Sequence[torch.dtype]) -> Iterator[Problem]:
+    """Each case in each dtype, without and with clipping."""
+    for case in cases:
+        exact = inputs_of(case)
+        for dtype in dtypes:
+            inputs = exact.rounded(dtype)
+            norm = math.sqrt(sum(float(grad.square().sum()) for grad in inputs.grads))
+            for clip in CLIPS:
+                yield problem(case, dtype, None if clip is None else clip * norm, inputs)
+
+
+def inputs_of(case: Case) -> Inputs:
+    """Random weights and gradients, and the state that two steps in float64 have left."""
+    params = _parameters(values(0), torch.float64, CPU)
+    optimizer = case.make(params)
+    for seed in (1, 2):
+        for param, grad in zip(params, values(seed), strict=True):
+            param.grad = grad
+        optimizer.step()
+    moments, counts = (
+        [
+            {name: x for name, x in optimizer.state.get(p, {}).items() if name in names}
+            for p in params
+        ]
+        for names in (optimizer.tensor_states, optimizer.scalar_states)
+    )
+    return Inputs(values(3), values(4), moments, counts)
+
+
+def values(seed: int) -> list[Tensor]:
+    """Random numbers of either sign, some of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        size, sign, kept = torch.rand(3, *shape, generator=generator, dtype=torch.float64)
+        size = SMALLEST + (1 - SMALLEST) * size
+        return torch.where(kept < SMALLEST, 0.0, torch.where(sign < 0.5, -size, size))
+
+    return [draw(shape) for shape in SHAPES]
+
+
+def problem(case: Case, dtype: torch.dtype, max_norm: float | None, inputs: Inputs) -> Problem:
+    """A step, taken in float64."""
+    weights, states = _in_float64(case, max_norm, inputs)
+    zero = nonzero = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+    if case.kwargs.get("l1") and case.kwargs.get("l1_mode") != "subgradient":
+        less, more = (
+            _in_float64(_with_l1(case, 1 + change), max_norm, inputs)[0]
+            for change in (-MARGIN, MARGIN)
+        )
+        zero, nonzero = [weight == 0 for weight in less], [weight != 0 for weight in more]
+    return Problem(case, dtype, max_norm, inputs, weights, states, zero, nonzero)
+
+
+def _with_l1(case: Case, factor: float) -> Case:
+    return replace(case, kwargs={**case.kwargs, "l1": factor * case.kwargs["l1"]})
+
+
+def _in_float64(
+    case: Case, max_norm: float | None, inputs: Inputs
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    params = _parameters(inputs.weights, torch.float64, CPU)
+    optimizer = case.make(params, max_grad_norm=max_norm)
+    _load(optimizer, params, inputs)
+    optimizer.step()
+    return _results(optimizer, params)
+
+
+# ---- a step of any optimizer ---------------------------------------------------------------------
+
+
+def _parameters(
+    weights: Iterable[Tensor], dtype: torch.dtype, device: torch.device
+) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(weight.to(device, dtype, copy=True)) for weight in weights]
+
+
+def _load(
+    optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], inputs: Inputs
+) -> None:
+    """Give the parameters their gradients and states."""
+    wide = {torch.float64: wide_dtype(params[0].device)}
+    for param, grad, moments, counts in zip(params, *inputs[1:], strict=True):
+        param.grad = grad.to(param, copy=True)
+        state = {name: x.to(param, copy=True) for name, x in moments.items()}
+        for name, x in counts.items():
+            state[name] = x.to(param.device, wide.get(x.dtype, x.dtype), copy=True)
+        optimizer.state[param] = state
+
+
+def _results(
+    optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Weights and states, in float64 on the CPU."""
+
+    def read(x: Tensor) -> Tensor:
+        return x.detach().cpu().double()
+
+    states = [optimizer.state.get(param, {}) for param in params]
+    return list(map(read, params)), [{n: read(x) for n, x in state.items()} for state in states]
+
+
+# ---- what is found of it -------------------------------------------------------------------------
+
+
+def measure(problem: Problem, place: Place) -> Row:
+    """Take the step at a place; an error that it raises is a failure like any other."""
+    case, dtype = problem.case, problem.dtype
+    row = Row(
+        case=case.id,
+        rule=case.rule,
+        penalty=case.penalty,
+        clip=problem.max_norm is not None,
+        dtype=dtype_name(dtype),
+        device=str(place.device),
+        path=place.path,
+    )
+    try:
+        row = _measure_ours(problem, place, row)
+        return row if case.torch_kwargs is None else _measure_torchs(problem, place, row)
+    except Exception as error:  # whatever a new GPU, driver or torch comes up with
+        who = "fusedreg" if row.backend == "none" else "torch.optim"
+        first = str(error).strip().partition("\n")[0]
+        raised = f"{who} raised {type(error).__name__}: {first}"
+        return row._replace(failures=(*row.failures, raised))
+
+
+def _measure_ours(problem: Problem, place: Place, row: Row) -> Row:
+    params = _parameters(problem.inputs.weights, problem.dtype, place.device)
+    optimizer = problem.case.make(params, place.option, max_grad_norm=problem.max_norm)
+    _load(optimizer, params, problem.inputs)
+    grads = [param.grad for param in params]
+    before = _bits(grads)
+    optimizer.step()
+    weights, states = _results(optimizer, params)
+    ulp = _worst(problem, weights, states)
+    bound = bound_of(problem, place, optimizer)
+    found = {
+        f"backend is {optimizer.backend}": optimizer.backend != place.path,
+        # `backend` says what shall run; the launches are what did.
+        f"{optimizer.launches} launches": (optimizer.launches > 0) != (place.path == "triton"),
+        ".grad was written": any(p.grad is not g for p, g in zip(params, grads, strict=True))
+        or not all(map(torch.equal, before, _bits(grads))),
+        f"error {ulp:.3g} ulp, bound {bound:.3g}": not ulp <= bound,  # so that a NaN fails
+        "weights on the wrong side of the threshold": any(
+            bool((zero & (weight != 0) | nonzero & (weight == 0)).any())
+            for weight, zero, nonzero in zip(weights, problem.zero, problem.nonzero, strict=True)
+        ),
+        "step count or momentum mass": not _counts_agree(problem, place, optimizer, states),
+    }
+    return row._replace(
+        backend=optimizer.backend,
+        launches=optimizer.launches,
+        ulp=ulp,
+        bound=bound,
+        failures=tuple(failure for failure, is_so in found.items() if is_so),
+    )
+
+
+def _measure_torchs(problem: Problem, place: Place, row: Row) -> Row:
+    """Torch's for-loop, after its own clipping."""
+    params = _parameters(problem.inputs.weights, problem.dtype, place.device)
+    make: Any = problem.case.torch_cls
+    optimizer = make(params, **(problem.case.torch_kwargs or {}), foreach=False)
+    _load(optimizer, params, problem.inputs)
+    if problem.max_norm is not None:
+        clip_grad_norm_(params, problem.max_norm, foreach=False)
+    optimizer.step()
+    ulp = _worst(problem, *_results(optimizer, params))
+    row = row._replace(torch_ulp=ulp)
+    if problem.dtype == torch.float64 and not ulp <= row.bound:
+        apart = f"torch.optim in float64 is {ulp:.3g} ulp from the yardstick"
+        row = row._replace(failures=(*row.failures, apart))
+    return row
+
+
+def _bits(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [x.reshape(-1).view(torch.uint8).clone() for x in tensors if x is not None]
+
+
+def _counts_agree(
+    problem: Problem, place: Place, optimizer: FusedOptimizer, states: list[dict[str, Tensor]]
+) -> bool:
+    """Whether the 0-dim states are right: counts exactly, a mass up to its two roundings."""
+    eps = torch.finfo(wide_dtype(place.device)).eps
+    return all(
+        math.isclose(got[name], exact[name], rel_tol=2 * eps)
+        for got, exact in zip(states, problem.states, strict=True)
+        for name in optimizer.scalar_states
+        if name in exact
+    )
+
+
+def _worst(problem: Problem, weights: list[Tensor], states: list[dict[str, Tensor]]) -> float:
+    """The largest error of a weight or moment in ulp of the dtype; NaN if there is one."""
+    inputs = problem.inputs
+    found = [ulps(weights, problem.weights, inputs.weights, problem.dtype)]
+    for name in problem.case.cls.tensor_states:
+        if name in inputs.moments[0]:
+            got, exact, before = (
+                [state[name] for state in each] for each in (states, problem.states, inputs.moments)
+            )
+            found.append(ulps(got, exact, before, problem.dtype))
+    return float(torch.stack(found).max())
+
+
+def ulps(
+    got: Iterable[Tensor], exact: Iterable[Tensor], before: Iterable[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """The largest error of an element, in ulp of `dtype` at the larger of `before` and `exact`.
+
+    A result that is small because terms cancelled is as wrong as the terms are. Hence `before`, and
+    at least `SMALLEST` times the largest of all: no input but 0 is smaller than that.
+    """
+    got, exact, before = (torch.cat([x.reshape(-1) for x in xs]) for xs in (got, exact, before))
+    size = torch.maximum(before.abs(), exact.abs())
+    limits = torch.finfo(dtype)
+    size = size.clamp(min=max(float(size.max()) * SMALLEST, limits.tiny))
+    ulp = torch.ldexp(torch.full_like(size, limits.eps), torch.frexp(size).exponent - 1)
+    return ((got - exact).abs() / ulp).max()
+
+
+def bound_of(problem: Problem, place: Place, optimizer: FusedOptimizer) -> float:
+    """How many ulp of the stored dtype a step may be off."""
+    stored = problem.dtype
+    computed = torch.float64 if stored == torch.float64 else torch.float32
+    roundings = ROUNDINGS
+    if computed == wide_dtype(place.device):  # else the numbers of a step are wider than this
+        if problem.max_norm is not None:
+            # A sum of n squares in another order: each addition is off by 0.3 ulp or so, at random.
+            roundings += math.sqrt(sum(grad.numel() for grad in problem.inputs.grads)) / 3
+        if place.device.type != "cpu" or place.path == "triton":
+            # A device forms 1 - beta**t, at least 1 - beta, to an ulp of 1; the root halves that.
+            beta1, beta2 = optimizer.defaults.get("betas", (0.0, 0.0))
+            roundings += 1 / (1 - beta1) + 0.5 / (1 - beta2)
+    if stored == computed:
+        return roundings
+    # Rounded once, to nearest.
+    return 0.5 + roundings * torch.finfo(computed).eps / torch.finfo(stored).eps

@@ -1,0 +1,157 @@
+"""What of an installation keeps steps from being right or fast, and its cure."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fusedreg import backend
+from fusedreg.machine import versions
+
+TORCH_FLOOR = (2, 7)
+"""The oldest torch that the package declares."""
+
+NVIDIA = Path("/proc/driver/nvidia/version")
+"""Where Linux says that NVIDIA's driver is loaded."""
+
+
+class Finding(NamedTuple):
+    """One sentence on what is found, one on the cure; `broken`: steps would not run as meant."""
+
+    name: str
+    broken: bool
+    what: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        kind = "BROKEN" if self.broken else "note"
+        return f"{kind}: {self.what}." + (f" {self.cure}" if self.cure else "")
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and every accelerator of the kind that torch has here."""
+    found = [torch.device("cpu")]
+    if hasattr(torch, "accelerator") and torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        found += [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
+    return found
+
+
+def examine(checked: Sequence[torch.device]) -> list[Finding]:
+    """What is worth knowing before steps run on these devices."""
+    gpu = any(device.type == "cuda" for device in checked)  # a ROCm GPU is called so too
+    return [*_torch(), *_kernels(gpu), *(_compiling() if gpu else ())]
+
+
+def _torch() -> Iterator[Finding]:
+    floor = ".".join(map(str, TORCH_FLOOR))
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if not found or tuple(map(int, found.groups())) < TORCH_FLOOR:
+        yield Finding(
+            "torch",
+            True,
+            f"torch {torch.__version__} is older than {floor}",
+            f"Install it: pip install -U 'torch>={floor}'",
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if NVIDIA.exists() and not hidden and not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        yield Finding(
+            "gpu",
+            False,
+            f"an NVIDIA driver is loaded, but torch {torch.__version__}, built {built}, sees "
+            "no GPU",
+            "Install the torch that https://pytorch.org gives for the driver's CUDA version",
+        )
+
+
+def _kernels(gpu: bool) -> Iterator[Finding]:
+    """Whether the Triton kernels can be had: at least one sentence, also where all is well."""
+    unused = "no GPU is checked here, so no kernel is launched"
+    problem = backend.problem()
+    if problem is not None:
+        cost = "steps take the slow reference path" if gpu else unused
+        use = "Install it" if gpu else "For a GPU"
+        cure = f"{use}: pip install '{backend.NEEDED}'"
+        yield Finding("triton", gpu, f"{problem}, and {cost}", cure)
+        return
+    try:
+        backend.kernels()
+    except ImportError as error:
+        yield Finding(
+            "kernels",
+            gpu,
+            f"fusedreg.kernels cannot be imported ({error}), as in a repository that is not "
+            f"installed, and {'no step runs' if gpu else unused}",
+            "In the repository: pip install -e .",
+        )
+        return
+    if backend.interpreted():
+        harm = (
+            "they cannot read a GPU's memory: steps take the slow reference path"
+            if gpu
+            else "they are slow and truncate bfloat16"
+        )
+        yield Finding(
+            "interpreter",
+            gpu,
+            f"TRITON_INTERPRET is set, so triton interprets kernels on the CPU, where {harm}",
+            "Unset TRITON_INTERPRET",
+        )
+    elif not gpu:
+        triton = versions("triton")["triton"]
+        yield Finding("kernels", False, f"the kernels import (triton {triton}); {unused}")
+
+
+def _compiling() -> Iterator[Finding]:
+    """What triton compiles its launchers with, and where it keeps them."""
+    if sys.platform != "linux":  # others bring a compiler along
+        return
+    asked = os.environ.get("CC")
+    if not any(map(shutil.which, ["gcc", "clang"] if asked is None else [asked])):
+        seen = "neither gcc nor clang is on PATH" if asked is None else f"CC is {asked!r}"
+        yield Finding(
+            "compiler",
+            True,
+            f"triton compiles its launchers and finds no C compiler ({seen})",
+            "Install gcc or set CC to a compiler",
+        )
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").exists():
+        yield Finding(
+            "headers",
+            True,
+            f"triton compiles its launchers and finds no Python.h in {headers}",
+            "Install the headers of this Python (python3-dev or python3-devel)",
+        )
+    cache = cache_folder()
+    if cache is None:
+        what = "triton has no folder for what it compiles, since this user has no home"
+    elif not _is_writable(cache):
+        what = f"triton cannot write what it compiles into {cache}"
+    else:
+        return
+    yield Finding("cache", True, what, "Set TRITON_CACHE_DIR to a folder that can be written")
+
+
+def cache_folder() -> Path | None:
+    """Where triton keeps what it compiles; None where it has nowhere."""
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(folder)
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    return None if home.startswith("~") else Path(home, ".triton", "cache")
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which itself may have to be made."""
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)

@@ -1,0 +1,317 @@
+"""How `fusedreg check` measures a step, and what it finds of an installation."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fusedreg import backend
+from fusedreg.check import accuracy, installation, places, report
+from fusedreg.check.accuracy import Place, Row, dtype_name, ulps
+from fusedreg.check.installation import Finding, examine
+
+from cases import CASES, DTYPES
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+REFERENCE, KERNELS = Place(CPU, "reference"), Place(CPU, "triton")
+BY_ID = {case.id: case for case in CASES}
+
+
+# ---- how it is measured --------------------------------------------------------------------------
+
+
+def test_errors_are_in_ulp_of_the_larger_of_before_and_after() -> None:
+    eps = torch.finfo(torch.float32).eps
+    one, two, small = (torch.tensor([x], dtype=torch.float64) for x in (1.0, 2.0, 2.0**-20))
+    off = eps * torch.ones(1, dtype=torch.float64)
+
+    def error(got: torch.Tensor, exact: torch.Tensor, before: torch.Tensor) -> float:
+        return float(ulps([got], [exact], [before], torch.float32))
+
+    assert error(one + off, one, one) == 1
+    assert error(one + off, one, two) == 0.5
+    assert error(small + off, small, one) == 1  # what cancelled
+    assert error(small + off, small, small) == 2**20
+    assert math.isnan(error(one * math.nan, one, one))
+    both = torch.cat([one, small]), torch.cat([one, small + off])
+    # Alone it would be 2**20; what is smaller than an eighth of the largest has cancelled.
+    assert float(ulps([both[1]], [both[0]], [both[0]], torch.float32)) == 8
+
+
+def test_inputs_have_what_is_hard() -> None:
+    inputs = accuracy.inputs_of(BY_ID["adam-none"])
+    sizes = [weight.numel() for weight in inputs.weights]
+    assert sizes[0] == sizes[-1] == 0
+    assert any(weight.dim() == 0 for weight in inputs.weights)
+    assert max(sizes) > 8192  # a chunk, which the interpreter here makes smaller
+    large = sizes.index(max(sizes))
+    weight, grad = inputs.weights[large], inputs.grads[large]
+    unseen = inputs.moments[large]["exp_avg_sq"] == 0
+    assert (weight == 0).any()
+    assert (grad == 0).any()
+    assert (unseen & (grad == 0) & (weight != 0)).any()
+    assert all(count["step"] == 2 for count in inputs.counts)
+    for values in (weight, grad):
+        assert values[values != 0].abs().min() >= accuracy.SMALLEST
+        assert values.abs().max() <= 1
+    rounded = inputs.rounded(torch.bfloat16)
+    assert torch.equal(rounded.weights[large], weight.bfloat16().double())
+    assert not torch.equal(rounded.weights[large], weight)
+
+
+def test_a_clipped_step_is_another_one() -> None:
+    free, clipped = accuracy.problems([BY_ID["sgd-none"]], [torch.float64])
+    assert free.max_norm is None
+    assert not torch.equal(free.weights[-2], clipped.weights[-2])
+
+
+def test_thresholds_make_zeros_that_must_be_there() -> None:
+    for name in ("sgd-l1_prox", "adam-l1_decoupled", "adamw-elastic_net"):
+        step, _ = accuracy.problems([BY_ID[name]], [torch.float32])
+        zero, nonzero = (
+            torch.cat([x.flatten() for x in step.zero]),
+            torch.cat([x.flatten() for x in step.nonzero]),
+        )
+        assert zero.sum() > 100
+        assert nonzero.sum() > 100
+        assert 0 <= (~zero & ~nonzero).sum() < 10  # too near to say
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "place", "clip", "bound"),
+    [
+        ("adam-none", torch.float32, REFERENCE, True, 16),
+        ("adam-none", torch.float64, REFERENCE, False, 16),
+        ("adam-none", torch.float64, REFERENCE, True, 16 + math.sqrt(9233) / 3),
+        ("adam-none", torch.float64, KERNELS, False, 16 + 10 + 500),
+        ("adam_amsgrad-none", torch.float64, Place(CUDA, "reference"), False, 16 + 5 + 5),
+        ("adam-none", torch.float32, Place(CUDA, "triton"), True, 16),
+        ("sgd-none", torch.float64, KERNELS, False, 16 + 1.5),
+        ("adam-none", torch.bfloat16, REFERENCE, True, 0.5 + 16 * 2**-16),
+        ("adam-none", torch.float16, KERNELS, True, 0.5 + 16 * 2**-13),
+    ],
+)
+def test_bounds(name: str, dtype: torch.dtype, place: Place, clip: bool, bound: float) -> None:
+    case = BY_ID[name]
+    found = list(accuracy.problems([case], [dtype]))[clip]
+    optimizer = case.make([torch.nn.Parameter(torch.ones(1))])
+    assert accuracy.bound_of(found, place, optimizer) == pytest.approx(bound)
+
+
+def test_places_and_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which no GPU is asked for
+    asked = places([CPU, CUDA])
+    gpu = [place for place in asked if place.device == CUDA]
+    assert [place.path for place in gpu] == ["reference", "triton"]
+    assert [place.option for place in gpu] == ["reference", "default"]
+    assert all(place.takes(dtype) for place in gpu for dtype in DTYPES)
+    assert all(REFERENCE.takes(dtype) for dtype in DTYPES)
+    assert not KERNELS.takes(torch.bfloat16)
+    assert KERNELS.option == "fused"
+    assert not Place(torch.device("mps"), "reference").takes(torch.float64)
+
+
+def test_every_accelerator_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert installation.devices() == [CPU]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert installation.devices() == [CPU, torch.device("xpu", 0), torch.device("xpu", 1)]
+
+
+def test_a_table_of_a_gpu_is_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    rows = [
+        Row(
+            *(case.id, case.rule, case.penalty, clip, dtype_name(dtype), "cuda:0", "triton"),
+            backend="triton",
+            launches=2 + clip,
+            ulp=0.5 if dtype.itemsize == 2 else 123.4,
+            torch_ulp=1.5,
+            bound=526.5,
+        )
+        for case in CASES
+        for clip in (False, True)
+        for dtype in DTYPES
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(report.table(rows))
+    printed = console.file.getvalue()
+    assert "cuda:0 (NVIDIA H200), triton: worst" in printed
+    assert " 123/1.5  123/1.5   0.5/1.5  0.5/1.5       2-3  pass" in printed
+    assert "…" not in printed
+
+
+# ---- the installation ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine where a GPU would have nothing to complain of."""
+    headers = tmp_path / "Python.h"
+    headers.touch()
+    monkeypatch.setattr(installation.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(installation.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(installation, "NVIDIA", tmp_path / "no driver")
+    monkeypatch.setattr(installation.sys, "platform", "linux")
+    for name in ("TRITON_INTERPRET", "CC", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    backend.kernels.cache_clear()  # and after, since it is found anew here
+    yield
+    backend.kernels.cache_clear()
+
+
+def names(found: list[Finding]) -> list[tuple[str, bool]]:
+    return [(finding.name, finding.broken) for finding in found]
+
+
+def test_a_whole_installation(gpu: None) -> None:
+    assert examine([CPU, CUDA]) == []
+    (note,) = examine([CPU])
+    assert names([note]) == [("kernels", False)]
+    assert str(note).startswith("note: the kernels import (triton 3.")
+
+
+def test_old_torch(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.1+cu124")
+    (found,) = examine([CUDA])
+    assert names([found]) == [("torch", True)]
+    assert str(found) == (
+        "BROKEN: torch 2.6.1+cu124 is older than 2.7. Install it: pip install -U 'torch>=2.7'"
+    )
+    for version in ("2.7.0", "2.13.0+cpu", "3.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert examine([CUDA]) == []
+
+
+def test_floors_are_those_that_are_declared() -> None:
+    declared = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert '"torch>={}.{}"'.format(*installation.TORCH_FLOOR) in declared
+    assert f'"{backend.NEEDED};' in declared
+
+
+@pytest.mark.parametrize(
+    ("triton", "what"),
+    [
+        (None, "triton cannot be imported"),
+        (types.SimpleNamespace(__version__="3.2.0"), "triton 3.2.0 is too old"),
+    ],
+)
+def test_no_triton(triton: Any, what: str, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    (found,) = examine([CPU, CUDA])
+    assert names([found]) == [("triton", True)]
+    assert what in found.what
+    assert "steps take the slow reference path" in found.what
+    assert found.cure == "Install it: pip install 'triton>=3.3'"
+    (found,) = examine([CPU])
+    assert names([found]) == [("triton", False)]
+    assert what in found.what
+    assert "no kernel is launched" in found.what
+
+
+def test_a_repository_that_is_not_installed(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fusedreg.kernels.launch", None)
+    for device, is_broken in ((CUDA, True), (CPU, False)):
+        (found,) = examine([device])
+        assert names([found]) == [("kernels", is_broken)]
+        assert found.cure == "In the repository: pip install -e ."
+
+
+def test_the_interpreter(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for device, is_broken, why in (
+        (CUDA, True, "cannot read a GPU's memory"),
+        (CPU, False, "slow"),
+    ):
+        (found,) = examine([device])
+        assert names([found]) == [("interpreter", is_broken)]
+        assert why in found.what
+        assert found.cure == "Unset TRITON_INTERPRET"
+
+
+@pytest.mark.parametrize("asked", [None, "", "icc"])
+def test_no_compiler(asked: str | None, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if asked is not None:
+        monkeypatch.setenv("CC", asked)
+    there = set() if asked is None else {"gcc", "clang"}  # which triton then does not look for
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    (found,) = examine([CUDA])
+    assert names([found]) == [("compiler", True)]
+    assert ("neither gcc nor clang" if asked is None else f"CC is '{asked}'") in found.what
+    assert names(examine([CPU])) == [("kernels", False)]
+    monkeypatch.setattr(installation.sys, "platform", "win32")
+    assert examine([CUDA]) == []
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_one_compiler_will_do(name: str, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda asked: asked if asked == name else None)
+    assert examine([CUDA]) == []
+    monkeypatch.setenv("CC", name)
+    assert examine([CUDA]) == []
+
+
+def test_no_headers(gpu: None, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").unlink()
+    (found,) = examine([CUDA])
+    assert names([found]) == [("headers", True)]
+    assert "python3-dev" in found.cure
+
+
+def test_no_cache(gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    (found,) = examine([CUDA])
+    assert names([found]) == [("cache", True)]
+    assert str(tmp_path / "file" / "cache") in found.what
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "new"))
+    assert installation.cache_folder() == tmp_path / "new" / ".triton" / "cache"
+    assert examine([CUDA]) == []
+    monkeypatch.setattr(installation.os, "access", lambda folder, mode: folder != tmp_path)
+    assert names(examine([CUDA])) == [("cache", True)]
+    monkeypatch.setattr(installation.os.path, "expanduser", lambda path: path)  # as with no home
+    (found,) = examine([CUDA])
+    assert "has no home" in found.what
+    assert "TRITON_CACHE_DIR" in found.cure
+
+
+def test_a_gpu_that_torch_does_not_see(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(installation, "NVIDIA", tmp_path / "Python.h")
+    first, _ = examine([CPU])
+    assert names([first]) == [("gpu", False)]
+    assert "built without CUDA, sees no GPU" in first.what
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    first, _ = examine([CPU])
+    assert "built for CUDA 13.0, sees no GPU" in first.what
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # somebody hides it
+    assert names(examine([CPU])) == [("kernels", False)]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert examine([CUDA]) == []
+
+
+@pytest.mark.parametrize("missing", ["triton", "fusedreg.kernels.launch"])
+def test_interpreting_what_is_missing(
+    missing: str, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert places([CPU]) == [REFERENCE]

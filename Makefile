@@ -45,7 +45,7 @@ bench: $(READY)  ## time a step beside torch.optim's; results and figures go int
 	$(BIN)/python bench/run.py $(BENCH)
 
 docs: $(READY)  ## build the site into site/, with figures drawn on this machine
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/figures/all.py site/figures
 
 figures: $(READY)  ## draw the figures of the documentation anew, in their place

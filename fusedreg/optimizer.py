@@ -58,10 +58,10 @@ LIGHTNING = ("lightning_fabric.plugins.precision.amp", "lightning.fabric.plugins
 class FusedOptimizer(Optimizer):
     """Base class: clipping, penalties, loss scaling, skipping and checkpoints around one rule.
 
-    A subclass supplies its signature and docstring, the names below, `check_group`, `states`,
-    `init_state`, `device_rule`, `direction` and `gain`. See docs/semantics.md for the order of a
-    step, docs/engine.md for how a device runs it, and :class:`fusedreg.SGD` for the shortest
-    example.
+    A subclass supplies its signature and docstring, the names of its states, `check_group`,
+    `states`, `init_state`, `device_rule`, `direction` and `gain`; docs/adding-an-optimizer.md goes
+    through one. See docs/semantics.md for the order of a step, docs/engine.md for how a device runs
+    it, and :class:`fusedreg.SGD` for the shortest example.
     """
 
     tensor_states: tuple[str, ...]
@@ -277,7 +277,8 @@ class FusedOptimizer(Optimizer):
             RuntimeError: a gradient is sparse, integer, on another device, or of another shape; a
                 gradient norm is asked for inside a backward pass, or where each rank has a part of
                 the parameters and there is no `process_group`; another rank has died.
-            All are raised before anything changes. No `.grad` is ever written.
+
+        All are raised before anything changes. No `.grad` is ever written.
         """
         self._opt_called = True
         loss = None
@@ -562,7 +563,9 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: no `state_dict`, or one with other groups, sizes, shapes or names of states
                 than this optimizer's, or one that lacks states.
-            TypeError: an option that is not a number. Nothing has changed.
+            TypeError: an option that is not a number.
+
+        Where it raises, nothing has changed.
         """
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -1,6 +1,8 @@
-r"""The penalties, usable by themselves: L1, L2 and their sum, the elastic net.
+"""The penalties, usable by themselves: L1, L2 and their sum, the elastic net.
 
-.. math::  R(w) = l1 \, \|w\|_1 + \tfrac12 \, weight\_decay \, \|w\|_2^2
+All functions are about::
+
+    R(w) = l1 * ||w||_1 + weight_decay / 2 * ||w||_2^2
 
 Every function takes both weights as keywords and both default to 0, so L1 is `l1=...`, L2 is
 `weight_decay=...` and the elastic net is both. The factor 1/2 makes `weight_decay` what every
@@ -22,13 +24,15 @@ __all__ = ["kkt_distance", "prox", "soft_threshold", "subgradient", "value"]
 
 
 def soft_threshold(x: Tensor, threshold: Number) -> Tensor:
-    r"""Shrink every entry towards 0 by `threshold` and stop there.
+    """Shrink every entry towards 0 by `threshold` and stop there.
 
-    .. math::  S_\tau(x) = \mathrm{sign}(x) \, \max(|x| - \tau, 0)
+    It is written S in the formulas of the optimizers::
+
+        S(x, threshold) = sign(x) * max(|x| - threshold, 0)
 
     Args:
         x: any shape, any floating or complex dtype (a complex entry keeps its phase).
-        threshold: tau >= 0, a number or a tensor that broadcasts against `x`.
+        threshold: >= 0, a number or a tensor that broadcasts against `x`.
 
     Entries with `|x| <= threshold` become exactly 0. NaN stays NaN and infinities stay infinite.
 
@@ -50,9 +54,11 @@ def soft_threshold(x: Tensor, threshold: Number) -> Tensor:
 
 
 def value(w: Tensor, *, l1: float = 0.0, weight_decay: float = 0.0) -> Tensor:
-    r"""The penalty itself, a 0-dim tensor through which autograd differentiates.
+    """The penalty itself, a 0-dim tensor through which autograd differentiates.
 
-    .. math::  R(w) = l1 \sum_i |w_i| + \tfrac12 \, weight\_decay \sum_i |w_i|^2
+    That is::
+
+        R(w) = l1 * sum(|w|) + weight_decay / 2 * sum(|w|^2)
 
     >>> value(torch.tensor([3.0, -4.0]), l1=1.0, weight_decay=2.0).item()
     32.0
@@ -61,9 +67,11 @@ def value(w: Tensor, *, l1: float = 0.0, weight_decay: float = 0.0) -> Tensor:
 
 
 def subgradient(w: Tensor, *, l1: float = 0.0, weight_decay: float = 0.0) -> Tensor:
-    r"""The subgradient that autograd takes: 0 where `w` is 0.
+    """The subgradient that autograd takes: 0 where `w` is 0.
 
-    .. math::  l1 \, \mathrm{sign}(w) + weight\_decay \, w
+    That is::
+
+        l1 * sign(w) + weight_decay * w
 
     Descending along it never reaches an exact zero: it crosses 0 and comes back.
 
@@ -74,10 +82,12 @@ def subgradient(w: Tensor, *, l1: float = 0.0, weight_decay: float = 0.0) -> Ten
 
 
 def prox(v: Tensor, step: Number, *, l1: float = 0.0, weight_decay: float = 0.0) -> Tensor:
-    r"""The proximal operator of `step * R`.
+    """The proximal operator of `step * R`.
 
-    .. math::  \arg\min_w \; step \, R(w) + \tfrac12 \|w - v\|^2
-               = \frac{S_{step \cdot l1}(v)}{1 + step \cdot weight\_decay}
+    With S, the soft-threshold, it is::
+
+        argmin over w of step * R(w) + ||w - v||^2 / 2
+            = S(v, step * l1) / (1 + step * weight_decay)
 
     Args:
         v: the point, any shape.
@@ -92,13 +102,12 @@ def prox(v: Tensor, step: Number, *, l1: float = 0.0, weight_decay: float = 0.0)
 
 
 def kkt_distance(w: Tensor, grad: Tensor, *, l1: float = 0.0, weight_decay: float = 0.0) -> Tensor:
-    r"""How far each coordinate is from being optimal for loss + R.
+    """How far each coordinate is from being optimal for loss + R.
 
-    .. math::
-        r_i = \begin{cases}
-            |g_i + weight\_decay \, w_i + l1 \, \mathrm{sign}(w_i)| & w_i \ne 0 \\
-            \max(|g_i| - l1, 0) & w_i = 0
-        \end{cases}
+    With g, the gradient of the loss, it is::
+
+        |g + weight_decay * w + l1 * sign(w)|    where w is not 0
+        max(|g| - l1, 0)                         where w is 0
 
     Args:
         w: the parameters.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import fusedreg
+
+CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     page
@@ -60,3 +64,11 @@ def output(example: Example) -> str:
     with contextlib.redirect_stdout(out):
         exec(compile(example.code, f"<{example.section}>", "exec"), {"__name__": "__main__"})
     return out.getvalue()
+
+
+def formula(cls: type) -> str:
+    """The indented block after the first `::` of a docstring."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    found = re.search(r"::\n\n((?: {4}.*\n|\n)+)", doc)
+    assert found, f"{cls.__name__} states no formula"
+    return inspect.cleandoc(found[1])

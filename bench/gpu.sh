@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in less than 8 minutes and without network or installation:
+# Everything that needs a GPU, in less than 10 minutes and without network or installation:
 #   bench/gpu.sh OUT_DIR [options of run.py]
 # Tests, compute-sanitizer and benchmark; each writes a log into OUT_DIR. A stage that fails does not
 # stop the next ones, but the exit status says so. STAGES chooses some of them, BENCH_SECONDS the
@@ -9,7 +9,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "${1:?usage: bench/gpu.sh OUT_DIR}"
 out=$(cd "$1" && pwd)
 shift
-stages=" ${STAGES:-machine pytest memcheck racecheck bench} "
+stages=" ${STAGES:-machine check pytest memcheck racecheck bench} "
 budget=${BENCH_SECONDS:-110}
 python=${PYTHON:-python3}
 
@@ -55,6 +55,8 @@ print('fusedreg', fusedreg.__version__, fusedreg.__file__)
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA GPU')
 sys.exit(not torch.cuda.is_available())
 "
+
+stage check 90 "$python" -m fusedreg check --json "$out/check.json"
 
 # The compilation of some 200 kernels takes most of the time, so several processes share it.
 workers=()

@@ -1,6 +1,8 @@
-"""Shapes of the parameters of known models, as lists of param groups."""
+"""Shapes of the parameters of known models, and of two sweeps, as lists of param groups."""
 
 from __future__ import annotations
+
+from math import prod
 
 Shape = tuple[int, ...]
 Groups = list[list[Shape]]
@@ -15,6 +17,19 @@ def gpt(layers: int, width: int, context: int, vocabulary: int = 50257) -> list[
         *[(width, 4 * width), (4 * width,), (4 * width, width), (width,)],
     ]
     return [(vocabulary, width), (context, width), *block * layers, (width,), (width,)]
+
+
+def vit(layers: int, width: int, patch: int, image: int, classes: int = 1000) -> list[Shape]:
+    """A vision transformer of square images."""
+    block = [
+        *[(width,), (width,)],  # norm
+        *[(3 * width, width), (3 * width,), (width, width), (width,)],  # attention
+        *[(width,), (width,)],
+        *[(4 * width, width), (4 * width,), (width, 4 * width), (width,)],
+    ]
+    tokens = (image // patch) ** 2 + 1
+    inputs = [(1, 1, width), (1, tokens, width), (width, 3, patch, patch), (width,)]
+    return [*inputs, *block * layers, (width,), (width,), (classes, width), (classes,)]
 
 
 def resnet50() -> list[Shape]:
@@ -42,17 +57,39 @@ def split(shapes: list[Shape], groups: int) -> Groups:
     return [shapes[first::groups] for first in range(groups)]
 
 
+def even(numel: int, tensors: int) -> Groups:
+    """One group of equal vectors."""
+    return [[(numel // tensors,)] * tensors]
+
+
+def count(groups: Groups) -> int:
+    """Parameters."""
+    return sum(prod(shape) for group in groups for shape in group)
+
+
 GPT2 = gpt(layers=12, width=768, context=1024)
 
 # The first are the most important.
 MODELS: dict[str, Groups] = {
-    "GPT-2 124M": [GPT2],
-    "GPT-2 124M in 50 groups": split(GPT2, 50),
-    "3000 tensors of 3500": [[(3500,)] * 3000],
-    "GPT 1.3B": [gpt(layers=24, width=2048, context=2048)],
     "ResNet-50": [resnet50()],
+    "GPT-2 124M": [GPT2],
+    "3000 tensors of 3500": even(3000 * 3500, 3000),
+    "ViT-B": [vit(layers=12, width=768, patch=16, image=224)],
+    "GPT-2 124M in 50 groups": split(GPT2, 50),
+    "GPT 1.3B": [gpt(layers=24, width=2048, context=2048)],
+}
+SIZES: dict[str, Groups] = {
+    f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)
+}
+TENSORS: dict[str, Groups] = {
+    f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)
+}
+SMALL: dict[str, Groups] = {
+    "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
+    "1 M in 500 tensors": even(2**20, 500),
 }
 TINY: dict[str, Groups] = {
-    "tiny": [[(40, 30), (30,), (3,)]],
-    "tiny in 2 groups": [[(40, 30)], [(30,), (3,)]],
+    "tiny": [[(40, 30), (3,)]],
+    "tiny in 2 groups": [[(40, 30)], [(3,)]],
 }
+TINY_SWEEP: dict[str, Groups] = {"300 in 2 tensors": even(300, 2), "600 in 2 tensors": even(600, 2)}

@@ -1,64 +1,73 @@
-"""One step of every class beside its torch.optim namesake: `make bench`.
+"""The same contenders and methods by pytest-benchmark: `pytest bench --benchmark-only`.
 
-pytest-benchmark runs the rows of a group one after the other, so quote ratios within a group, and
-not times: machines drift.
+pytest-benchmark runs the rows of a group one after the other, not in turns: machines drift, so
+quote run.py's ratios. What does not match the reference is not timed.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from contenders import OTHERS, TORCH, Task, contenders, make_groups, params_of
+from methods import DTYPES, METHODS
+from shapes import SMALL
+from verify import check, expected, max_norm, set_grads, start
 
-import fusedreg
-
-SHAPES = {
-    "small": [(256, 256), (256,)] * 12 + [(1000, 256), (1000,)],  # 1 M parameters in 26 tensors
-    "large": [(768, 3072)] * 4,  # 9 M parameters in 4 tensors
-}
-CASES = {
-    "SGD momentum": ("SGD", {"lr": 1e-3, "momentum": 0.9}),
-    "Adam": ("Adam", {"lr": 1e-3, "weight_decay": 1e-2}),
-    "AdamW": ("AdamW", {"lr": 1e-3, "weight_decay": 1e-2}),
-}
-IMPLEMENTATIONS = {
-    "fusedreg reference": (fusedreg, {"fused": False}),
-    "torch for-loop": (torch.optim, {"foreach": False}),
-}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=SHAPES)
-def params(request: pytest.FixtureRequest) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = SHAPES[request.param]
-    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    for param in made:
-        param.grad = torch.randn(param.shape, generator=generator)
-    return made
+def cases() -> list[Any]:
+    """All methods on the first model with clipping, and AdamW on all models in all ways."""
+    first, *_ = SMALL
+    return [
+        pytest.param(*case, id=f"{case[1]}, {case[0]}, {case[2]}{', clipped' * case[3]}")
+        for case in product(SMALL, METHODS, DTYPES, (True, False))
+        if case[1] == "AdamW" or (case[0], *case[2:]) == (first, "float32", True)
+    ]
 
 
-@pytest.mark.parametrize("clip", [False, True], ids=["free", "clipped"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES)
+@cache
+def prepared(model: str, method: str, dtype: str, clip: bool) -> Any:
+    """What all contenders of a case begin with."""
+    groups = make_groups(SMALL[model], DTYPES[dtype], DEVICE)
+    task = Task(METHODS[method], max_norm(groups) if clip else None)
+    begin = start(groups, task)
+    return groups, task, begin, expected(begin, groups, task)
+
+
+@pytest.mark.parametrize("implementation", ["fusedreg", *TORCH, *OTHERS])
+@pytest.mark.parametrize(("model", "method", "dtype", "clip"), cases())
 def test_step(
     benchmark: Any,
     request: pytest.FixtureRequest,
-    params: list[torch.nn.Parameter],
-    case: str,
-    implementation: str,
+    model: str,
+    method: str,
+    dtype: str,
     clip: bool,
+    implementation: str,
 ) -> None:
-    module, options = IMPLEMENTATIONS[implementation]
-    name, kwargs = CASES[case]
-    own_clip = {"max_grad_norm": 1.0} if clip and module is fusedreg else {}
-    optimizer = getattr(module, name)(params, **kwargs, **options, **own_clip)
+    makers, missing = contenders(METHODS[method])
+    if implementation not in makers:
+        pytest.skip(missing.get(implementation, f"has no {method}"))
+    groups, task, begin, must_be = prepared(model, method, dtype, clip)
+    contender = makers[implementation](groups, task)
+    verdict = check(contender, groups, begin, must_be)
+    if not verdict.matches:
+        pytest.skip(str(verdict))
+    backend = getattr(contender.optimizer, "backend", None)
+    benchmark.group = request.node.callspec.id.removesuffix(f"-{implementation}")
+    benchmark.extra_info |= {"backend": backend, "tensors": len(params_of(groups))}
 
     def step() -> None:
-        if clip and module is torch.optim:
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        contender.step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
 
-    size = request.node.callspec.params["params"]
-    benchmark.group = f"{case}, {size}{', clipped' if clip else ''}"
-    benchmark.pedantic(step, rounds=10, iterations=1, warmup_rounds=2)
+    def again() -> None:
+        set_grads(params_of(groups), begin.grads)
+
+    benchmark.pedantic(step, setup=again, rounds=10, iterations=1, warmup_rounds=1)

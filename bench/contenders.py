@@ -1,0 +1,185 @@
+"""Who computes it: fusedreg, torch.optim and other libraries, each as their users write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from methods import LR, SCALE, Method
+from shapes import Groups
+from torch import Tensor, nn
+
+import fusedreg
+
+ParamGroups = list[dict[str, Any]]
+
+
+@dataclass
+class Contender:
+    """An optimizer, and the calls that make one step, in their order."""
+
+    optimizer: Any
+    parts: dict[str, Callable[[], object]]
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be computed."""
+
+    method: Method
+    max_norm: float | None
+    scaled: bool = False
+    """Whether the gradients are those of a loss times SCALE."""
+
+
+Maker = Callable[[ParamGroups, Task], Contender]
+
+
+def make_groups(shapes: Groups, dtype: torch.dtype, device: torch.device) -> ParamGroups:
+    """Param groups with random values and gradients, each with a learning rate of its own."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+    groups = []
+    for index, group in enumerate(shapes):
+        params = [nn.Parameter(random(shape)) for shape in group]
+        for param in params:
+            param.grad = random(param.shape)
+            # Where no gradient was ever seen, fusedreg applies no threshold; nobody else has to.
+            param.grad.masked_fill_(param.grad == 0, 1.0)
+        groups.append({"params": params, "lr": LR / (index + 1)})
+    return groups
+
+
+def params_of(groups: ParamGroups) -> list[nn.Parameter]:
+    return [param for group in groups for param in group["params"]]
+
+
+def own(groups: ParamGroups, task: Task, **options: Any) -> Contender:
+    """fusedreg, where all of it is in the step."""
+    kwargs = {**task.method.kwargs, "l1": task.method.l1, "max_grad_norm": task.max_norm, **options}
+    optimizer = getattr(fusedreg, task.method.cls)(_copies(groups), **kwargs)
+    if task.scaled:  # as torch.amp.GradScaler gives them to an optimizer that unscales by itself
+        device = params_of(groups)[0].device
+        optimizer.grad_scale = torch.tensor(SCALE, device=device)
+        optimizer.found_inf = torch.tensor(0.0, device=device)
+    return Contender(optimizer, {"step": optimizer.step})
+
+
+def theirs(cls: Any, groups: ParamGroups, task: Task, **options: Any) -> Contender:
+    """Somebody else's optimizer, with what it leaves to the user before and after its step."""
+    optimizer = cls(_copies(groups), **{**task.method.kwargs, **options})
+    params = params_of(groups)
+    parts: dict[str, Callable[[], object]] = {}
+    if task.scaled:
+        parts["unscale"] = _unscale(params)
+    if task.max_norm is not None:
+        parts["clip"] = partial(nn.utils.clip_grad_norm_, params, task.max_norm)
+    parts["step"] = optimizer.step
+    if task.method.l1:
+        parts["threshold"] = soft_threshold_(optimizer, task.method.l1)
+    return Contender(optimizer, parts)
+
+
+def _copies(groups: ParamGroups) -> ParamGroups:
+    """Groups over the same parameters: an optimizer adds to those that it is given."""
+    return [dict(group) for group in groups]
+
+
+def _unscale(params: list[nn.Parameter]) -> Callable[[], object]:
+    """What torch.amp.GradScaler.unscale_ computes, without what it does on the host."""
+    grads = [param.grad for param in params]
+    inverse = torch.tensor(1 / SCALE, device=params[0].device)
+    found_inf = torch.zeros_like(inverse)
+    return lambda: torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse)
+
+
+def soft_threshold_(optimizer: torch.optim.Optimizer, l1: float) -> Callable[[], None]:
+    """The exact proximal L1 after a step of torch's Adam or AdamW, which have none.
+
+    S(w, s) = w - clamp(w, -s, s) with s = lr l1 / (sqrt(v_hat) + eps), the moments being torch's.
+    The number of steps is counted here, because torch's may lie on the device.
+    """
+    steps = 0
+
+    @torch.no_grad()
+    def threshold() -> None:
+        nonlocal steps
+        steps += 1
+        for group in optimizer.param_groups:
+            params = group["params"]
+            root = (1 - group["betas"][1] ** steps) ** 0.5
+            s = list(torch._foreach_sqrt([optimizer.state[p]["exp_avg_sq"] for p in params]))
+            torch._foreach_add_(s, group["eps"] * root)
+            torch._foreach_reciprocal_(s)
+            torch._foreach_mul_(s, group["lr"] * l1 * root)
+            clamped = torch._foreach_maximum(params, torch._foreach_neg(s))
+            torch._foreach_minimum_(clamped, s)
+            torch._foreach_sub_(params, clamped)
+
+    return threshold
+
+
+def compiled(how: str, backend: str = "inductor") -> Maker:
+    """torch.compile of torch's clipping and step."""
+
+    def make(groups: ParamGroups, task: Task) -> Contender:
+        torch.compiler.reset()  # of others, whose code is the same
+        contender = theirs(getattr(torch.optim, task.method.cls), groups, task, **{how: True})
+        step = torch.compile(contender.step, backend=backend)
+        return Contender(contender.optimizer, {"step": step})
+
+    return make
+
+
+def of_torch(groups: ParamGroups, task: Task, **options: Any) -> Contender:
+    return theirs(getattr(torch.optim, task.method.cls), groups, task, **options)
+
+
+TORCH: dict[str, Maker] = {
+    "torch fused": partial(of_torch, fused=True),
+    "torch foreach": partial(of_torch, foreach=True),
+    "torch for-loop": partial(of_torch, foreach=False, fused=False),
+}
+
+OTHERS: dict[str, tuple[str, dict[str, str]]] = {
+    "optimi": ("optimi", {"AdamW": "AdamW", "Adam": "Adam", "SGD": "SGD"}),
+    "bitsandbytes 32 bit": (
+        "bitsandbytes.optim",
+        {"AdamW": "AdamW32bit", "Adam": "Adam32bit", "SGD": "SGD32bit"},
+    ),
+    "torchao 8 bit": ("torchao.optim", {"AdamW": "AdamW8bit", "Adam": "Adam8bit"}),
+    "timm legacy": ("timm.optim", {"AdamW": "AdamWLegacy"}),
+}
+"""Libraries, where their optimizers are, and what they call those of ours. None has proximal L1."""
+
+
+def contenders(method: Method, **own_options: Any) -> tuple[dict[str, Maker], dict[str, str]]:
+    """Who computes a method, the most important first, and why others do not."""
+    found: dict[str, Maker] = {"fusedreg": partial(own, **own_options), **TORCH}
+    missing = {}
+    for name, (module, classes) in OTHERS.items():
+        if method.l1 or method.cls not in classes:
+            continue
+        try:
+            cls = getattr(import_module(module), classes[method.cls])
+        except Exception as error:  # an installation can be broken in any way
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        options: dict[str, Any] = {} if "betas" in method.kwargs else {"weight_decay": 0.0}
+        found[name] = partial(_of_others, cls, options)
+    return found, missing
+
+
+def _of_others(cls: Any, options: dict[str, Any], groups: ParamGroups, task: Task) -> Contender:
+    return theirs(cls, groups, task, lr=LR, **options)

@@ -1,0 +1,79 @@
+"""What is computed: the methods, and the bytes that a step of each has to move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LR, L1, DECAY = 0.1, 0.3, 0.5
+"""Large, so that a formula with a factor too many or too few is found before anything is timed.
+No operation takes longer or shorter for it."""
+
+CLIP_SHARE = 0.5
+"""max_grad_norm over the norm of the gradients: clipping halves them."""
+
+SCALE = 1024.0
+"""The loss scale where there is one; a power of two, so that scaling rounds nothing."""
+
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+"""torch's defaults, given to all, because other libraries have others."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One update rule with its penalties."""
+
+    cls: str
+    kwargs: dict[str, Any]
+    states: int
+    """Tensors of state that are read and written."""
+    foreach: int
+    """Numbers for each parameter that torch's foreach operations read and write."""
+    l1: float = 0.0
+
+
+# The first of each are the most important. What foreach moves in AdamW: decay 2, lerp 3, mul 2,
+# addcmul 3, sqrt 2, div 2, add 2, addcdiv 4. Adam with L2 has an add of 3 in the place of the
+# decay; SGD has mul 2, add 3, add 3.
+METHODS = {
+    "AdamW": Method("AdamW", {**ADAM, "weight_decay": DECAY}, 2, 20),
+    "SGD momentum": Method("SGD", {"momentum": 0.9}, 1, 8),
+    "AdamW + L1": Method("AdamW", {**ADAM, "weight_decay": DECAY}, 2, 20, L1),
+    "Adam + L2": Method("Adam", {**ADAM, "weight_decay": DECAY}, 2, 21),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+THRESHOLD = 19
+"""What torch operations move for the soft-threshold: see `contenders.soft_threshold_`."""
+
+
+def needed_numbers(method: Method, clip: bool) -> int:
+    """What a step cannot do without: gradient, parameter and states, the gradient again to clip.
+
+    The norm must be known before the first gradient is used, so all are read twice. Dividing by a
+    loss scale costs nothing, where it is done in the same reading.
+    """
+    return 3 + 2 * method.states + clip
+
+
+def moved_numbers(method: Method, clip: bool, scaled: bool, implementation: str) -> dict[str, int]:
+    """Numbers read and written for each parameter, by part; {} where nobody has counted.
+
+    >>> moved_numbers(METHODS["AdamW"], True, True, "torch fused")
+    {'unscale': 2, 'clip': 3, 'step': 7}
+    >>> moved_numbers(METHODS["AdamW"], True, True, "fusedreg (triton)")
+    {'step': 8}
+    """
+    if implementation == "fusedreg (triton)":
+        return {"step": needed_numbers(method, clip)}
+    if implementation not in {"torch fused", "torch foreach"}:
+        return {}
+    step = method.foreach if implementation == "torch foreach" else 3 + 2 * method.states
+    return {
+        **({"unscale": 2} if scaled else {}),
+        **({"clip": 3} if clip else {}),
+        "step": step,
+        **({"threshold": THRESHOLD} if method.l1 else {}),
+    }

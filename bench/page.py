@@ -1,0 +1,79 @@
+"""Put the results of a run into docs/benchmark.md: `python bench/page.py FOLDER`.
+
+The table and the figures then come from the folder's bench.json and from nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from report import bandwidth_of
+
+from fusedreg.machine import describe
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/benchmark.md"
+FIGURES = ("parts", "bandwidth", "tensors", "bytes")
+BEGIN, END = "<!-- from bench/page.py -->\n", "<!-- until here -->\n"
+CASE = ("model", "method", "dtype", "clip")
+
+
+def table(report: dict[str, Any]) -> str:
+    """One line for each comparison of a model, one column for each implementation."""
+    rows = [row for row in report["rows"] if row["kind"] == "model"]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for case, of in groupby(rows, key=lambda row: tuple(row[name] for name in CASE)):
+        by_name = {row["implementation"]: row for row in of}
+        model, method, dtype, clip = case
+        head = f"{model}, {method}, {dtype}{', clipped' * clip}"
+        cells = [cell(by_name.get(name)) for name in names]
+        lines.append("| " + " | ".join([head, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Milliseconds and, where the results are right, the ratio."""
+    if row is None:
+        return ""
+    if row.get("ms") is None:
+        return str(row["verdict"])
+    ms = f"{row['ms']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})"
+    if row["ratio"] is None:
+        return f"{ms}, results differ"
+    if row["implementation"].startswith("fusedreg"):
+        return ms
+    return f"{ms}, {row['ratio']:.2g} ({row['ratio_p20']:.2g} to {row['ratio_p80']:.2g})"
+
+
+def results(folder: Path) -> str:
+    """What stands between the marks of the page."""
+    report = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    where = f"bench/results/{folder.name}/bench.json"
+    return (
+        f"From `{where}`: {describe(report)}; commit {report['commit']}, {report['threads']} "
+        f"threads; {bandwidth_of(report)}. Milliseconds of a step, "
+        "median (p20 to p80), then the time over fusedreg's in the same round: below 1 is faster "
+        f"than fusedreg.\n\n{table(report)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="with the results of a run")
+    folder = parser.parse_args().folder.resolve()
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = f"{before}{BEGIN}\n{results(folder)}\n{END}{after}"
+    PAGE.write_text(text, encoding="utf-8")
+    for name in FIGURES:
+        shutil.copyfile(folder / f"{name}.svg", ROOT / f"docs/figures/benchmark-{name}.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""The benchmark on a CPU, its kernels interpreted: its logic, not its numbers."""
+
+from __future__ import annotations
+
+import csv
+import doctest
+import importlib
+import json
+import re
+import subprocess
+import sys
+import time
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+
+
+def run(*arguments: Any) -> str:
+    """What a script of the benchmark prints."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a module of the folder, which is on sys.path only where a script of it runs."""
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of one dry run."""
+    out = tmp_path_factory.mktemp("bench")
+    shown = run(BENCH / "run.py", out, "--dry-run", "--quick", "--commit", "abc")
+    assert shown == (out / "bench.txt").read_text()
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "bench.json").read_text())
+
+
+def test_every_implementation_is_timed_and_right(report: dict[str, Any]) -> None:
+    assert report["commit"] == "abc"
+    assert {"torch", "triton", "python", "fusedreg"} <= report["versions"].keys()
+    assert report["left_out"] == []
+    first = [row for row in report["rows"] if row["kind"] == "model"]
+    names = {"fusedreg (triton)", "torch fused", "torch foreach", "torch for-loop"}
+    assert names <= {row["implementation"] for row in first}
+    for row in report["rows"]:
+        assert row["matches"], row
+        assert 0 < row["p20"] <= row["ms"] <= row["p80"]
+        if row["part"] == "all":
+            assert 0 <= row["error_of_bound"] <= 1
+            assert row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"]
+            if row["implementation"] == "fusedreg (triton)":
+                assert row["ratio"] == 1
+                assert row["launches"] == 2 + row["clip"]
+                assert row["moved_bytes"] == row["needed_bytes"]
+
+
+def test_parts_add_up_to_the_step(report: dict[str, Any]) -> None:
+    rows = [row for row in report["rows"] if row["kind"] == "parts"]
+    for name in {row["implementation"] for row in rows}:
+        whole, *parts = (row for row in rows if row["implementation"] == name)
+        assert whole["part"] == "all"
+        wanted = ["step"] if name.startswith("fusedreg") else ["unscale", "clip", "step"]
+        assert [part["part"] for part in parts] == wanted
+        # One round, so the medians add up, to the rounding of the additions.
+        assert sum(part["ms"] for part in parts) == pytest.approx(whole["ms"], rel=1e-12)
+        assert sum(part["moved_bytes"] for part in parts) == whole["moved_bytes"]
+
+
+def test_csv_and_json_and_text_agree(folder: Path, report: dict[str, Any]) -> None:
+    rows = list(csv.DictReader((folder / "bench.csv").read_text().splitlines()))
+    assert len(rows) == len(report["rows"])
+    text = (folder / "bench.txt").read_text()
+    for written, row in zip(rows, report["rows"], strict=True):
+        for name, value in row.items():
+            assert written[name] == ("" if value is None else str(value))
+        assert written["commit"] == report["commit"]
+        assert written["cpu"] == report["machine"]["cpu"]
+        for name in ("copy_gb_per_s", "in_place_gb_per_s"):
+            assert float(written[name]) == report[name] > 0
+        assert {n: written[n] or None for n in report["versions"]} == report["versions"]
+        assert f"{row['ms']:.4g}" in text
+
+
+def test_figures_are_drawn_from_the_file_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_bytes((folder / "bench.json").read_bytes())
+    drawn = run(BENCH / "figures.py", tmp_path).split()
+    assert {f"{name}.svg" for name in ("bandwidth", "tensors", "parts", "bytes")} <= set(drawn)
+    for name in drawn:
+        if name.endswith(".svg"):
+            assert (tmp_path / name).read_text() == (folder / name).read_text()
+        else:
+            assert (tmp_path / name).stat().st_size > 0
+
+
+def test_figures_show_nothing_of_what_differs(
+    report: dict[str, Any], bench: Any, tmp_path: Path
+) -> None:
+    for row in report["rows"]:
+        if row["implementation"] == "torch fused":
+            row |= {"matches": False, "ratio": None}
+    (tmp_path / "bench.json").write_text(json.dumps(report))
+    bench("figures").draw(tmp_path)
+    for name in ("bandwidth", "tensors", "parts"):
+        shown = re.findall(r">([^<>]*torch fused[^<>]*)<", (tmp_path / f"{name}.svg").read_text())
+        assert shown == ["Left out because their results differ: torch fused"]
+
+
+def test_without_time_everything_is_left_out(tmp_path: Path) -> None:
+    run(BENCH / "run.py", tmp_path, "--dry-run", "--budget", "0")
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["rows"] == []
+    assert "tiny, AdamW, float32, clipped: time" in report["left_out"]
+    assert "Left out:" in (tmp_path / "bench.txt").read_text()
+
+
+def test_sweep_times_other_launch_constants(tmp_path: Path) -> None:
+    run(BENCH / "run.py", tmp_path, "--dry-run", "--sweep")
+    rows = json.loads((tmp_path / "bench.json").read_text())["launch_constants"]
+    assert [(row["block"], row["clip"], row["verdict"]) for row in rows] == [
+        (1024, False, ""),
+        (1024, True, ""),
+    ]
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def softshrink(contenders: ModuleType, method: Any) -> Any:
+    """What users write for L1 after torch's step, which is not the proximal step of Adam."""
+
+    def make(groups: Any, task: Any) -> Any:
+        contender = contenders.of_torch(groups, task, foreach=True)
+
+        @torch.no_grad()
+        def threshold() -> None:
+            for group in groups:
+                for param in group["params"]:
+                    shrink = group["lr"] * method.l1
+                    param.copy_(torch.nn.functional.softshrink(param, shrink))
+
+        contender.parts["threshold"] = threshold
+        return contender
+
+    return make
+
+
+def unclipped(contenders: ModuleType, method: Any) -> Any:
+    """Clipping that does nothing."""
+
+    def make(groups: Any, task: Any) -> Any:
+        contender = contenders.of_torch(groups, task, foreach=True)
+        del contender.parts["clip"]
+        return contender
+
+    return make
+
+
+def test_a_wrong_implementation_gets_no_ratio(bench: Any) -> None:
+    contenders, comparison = bench("contenders"), bench("comparison")
+    job = bench("jobs").Job("model", "tiny in 2 groups", "AdamW + L1")
+    method = bench("methods").METHODS[job.method]
+    makers = {
+        "fusedreg": contenders.own,
+        "torch foreach": contenders.TORCH["torch foreach"],
+        "softshrink": softshrink(contenders, method),
+        "unclipped": unclipped(contenders, method),
+    }
+    rows = by_name(bench, comparison, job, makers)
+    assert rows["torch foreach"]["verdict"] == ""
+    assert rows["torch foreach"]["ratio"] > 0
+    for name in ("softshrink", "unclipped"):
+        assert rows[name]["verdict"].startswith("results differ: by ")
+        assert rows[name]["ratio"] is rows[name]["ratio_p20"] is rows[name]["ratio_p80"] is None
+        assert rows[name]["ms"] > 0
+
+
+def test_nobody_gets_a_ratio_to_a_wrong_fusedreg(bench: Any) -> None:
+    contenders, comparison = bench("contenders"), bench("comparison")
+    job = bench("jobs").Job("model", "tiny", "AdamW + L1", clip=False)
+    method = bench("methods").METHODS[job.method]
+    makers = {
+        "fusedreg": softshrink(contenders, method),
+        "torch fused": contenders.TORCH["torch fused"],
+    }
+    for row in by_name(bench, comparison, job, makers).values():
+        assert row["ratio"] is None
+        assert row["verdict"]
+
+
+def test_one_that_fails_does_not_stop_the_others(bench: Any) -> None:
+    def make(groups: Any, task: Any) -> Any:
+        raise OSError("no such card")
+
+    contenders, comparison = bench("contenders"), bench("comparison")
+    makers = {"fusedreg": contenders.own, "other": make}
+    rows = by_name(bench, comparison, bench("jobs").Job("model", "tiny"), makers)
+    assert rows["other"]["verdict"] == "OSError: no such card"
+    assert "ms" not in rows["other"]
+    assert rows["fusedreg (reference)"]["ratio"] == 1
+
+
+def test_a_compiler_that_takes_too_long_is_interrupted(bench: Any) -> None:
+    def compile_() -> None:
+        try:
+            time.sleep(5)
+        except TimeoutError:
+            raise RuntimeError("of the compiler") from None
+
+    limit = bench("measure").time_limit(0.1)
+    with pytest.raises(TimeoutError, match="not ready after 0 s"), limit:
+        compile_()
+
+
+def by_name(bench: Any, comparison: ModuleType, job: Any, makers: Any) -> dict[str, Any]:
+    machine = bench("measure").Machine(torch.device("cpu"), 0.0, 0.0, bandwidth=1e9)
+    shapes = bench("shapes").TINY[job.model]
+    return {row["implementation"]: row for row in comparison.compare(job, shapes, makers, machine)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["AdamW", "Adam + L2", "AdamW + L1"])
+@pytest.mark.parametrize("wrong", [{"l1": 0.0}, {"weight_decay": 0.0}, {"betas": (0.9, 0.99)}])
+def test_bounds_tell_other_formulas(bench: Any, method: str, dtype: str, wrong: Any) -> None:
+    """In float32 every other formula is refused; in bfloat16 those that roundings do not hide."""
+    contenders, methods, verify = bench("contenders"), bench("methods"), bench("verify")
+    right = methods.METHODS[method]
+    if "l1" in wrong and not right.l1:
+        pytest.skip("has no L1")
+    groups = contenders.make_groups([[(64, 64)]], methods.DTYPES[dtype], torch.device("cpu"))
+    task = contenders.Task(right, None)
+    begin = verify.start(groups, task)
+    must_be = verify.expected(begin, groups, task)
+    l1 = wrong.get("l1", right.l1)
+    kwargs = {**right.kwargs, **{k: v for k, v in wrong.items() if k != "l1"}}
+    other = contenders.Task(
+        methods.Method(right.cls, kwargs, right.states, right.foreach, l1), None
+    )
+    for make in contenders.TORCH.values():
+        assert verify.check(make(groups, task), groups, begin, must_be).matches
+        refused = not verify.check(make(groups, other), groups, begin, must_be).matches
+        hidden = dtype == "bfloat16" and ("betas" in wrong or (l1 and "weight_decay" in wrong))
+        assert refused or hidden
+
+
+def test_another_commit_is_timed_in_turns_with_this_tree(tmp_path: Path) -> None:
+    shown = run(BENCH / "run.py", tmp_path, "--dry-run", "--quick", "--base", "HEAD")
+    report = json.loads((tmp_path / "base.json").read_text())
+    assert shown == (tmp_path / "base.txt").read_text()
+    assert re.fullmatch("[0-9a-f]{40}", report["base"])
+    assert report["rows"]
+    for row in report["rows"]:
+        assert row["verdict"] == ""
+        assert row["bitwise_equal"]
+        ratio = row["this_ms"]["median"] / row["base_ms"]["median"]
+        assert row["ratio"]["median"] == ratio  # of the one round of a dry run
+
+
+@pytest.mark.parametrize("module", ["measure", "methods", "report"])
+def test_examples_in_docstrings(bench: Any, module: str) -> None:
+    failed, tried = doctest.testmod(bench(module))
+    assert tried > 0
+    assert failed == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "tensors"),
+    [  # as their authors count them; ResNet-50 and ViT-B/16 as in torchvision
+        ("GPT-2 124M", 124_439_808, 148),
+        ("GPT-2 124M in 50 groups", 124_439_808, 148),
+        ("GPT 1.3B", 1_315_723_264, 292),
+        ("ResNet-50", 25_557_032, 161),
+        ("ViT-B", 86_567_656, 152),
+        ("3000 tensors of 3500", 10_500_000, 3000),
+    ],
+)
+def test_models_have_their_sizes(bench: Any, model: str, parameters: int, tensors: int) -> None:
+    groups = bench("shapes").MODELS[model]
+    shapes = [shape for group in groups for shape in group]
+    assert (sum(map(prod, shapes)), len(shapes)) == (parameters, tensors)
+
+
+@pytest.mark.parametrize(
+    ("method", "scaled", "floor", "fused"),
+    [("AdamW", False, 8, 10), ("AdamW", True, 8, 12), ("SGD momentum", False, 6, 8)],
+)
+def test_traffic_is_that_of_the_accesses(
+    bench: Any, method: str, scaled: bool, floor: int, fused: int
+) -> None:
+    """Counted by hand: the gradient twice, parameter and states read and written; torch's clipping
+    reads, reads and writes the gradient, its unscaling reads and writes it."""
+    methods = bench("methods")
+    assert methods.needed_numbers(methods.METHODS[method], clip=True) == floor
+    moved = methods.moved_numbers(methods.METHODS[method], True, scaled, "torch fused")
+    assert sum(moved.values()) == fused
+
+
+def test_the_page_shows_what_the_file_says(bench: Any) -> None:
+    page = bench("page")
+    text = page.PAGE.read_text()
+    shown = text.partition(page.BEGIN)[2].partition(page.END)[0]
+    (name,) = re.findall(r"`bench/results/(.*?)/bench.json`", shown)
+    assert shown.strip() == page.results(BENCH / "results" / name).strip()
+    for figure in page.FIGURES:
+        copied = ROOT / f"docs/figures/benchmark-{figure}.svg"
+        assert copied.read_text() == (BENCH / f"results/{name}/{figure}.svg").read_text()
+        assert f"(figures/{copied.name})" in text.replace("\n", "")

@@ -41,7 +41,7 @@ test-triton: $(TRITONS:%=.triton/%)  ## compile and interpret the kernels with o
 .triton/%: | $(READY)
 	$(BIN)/python -m pip install -q --no-deps --target $@ triton==$*
 
-bench: $(READY)  ## time a step beside torch.optim's; results and figures go into bench/results/
+bench: $(READY)  ## time a step beside torch.optim's; results and figures go into bench/results/latest/
 	$(BIN)/python bench/run.py $(BENCH)
 
 docs: $(READY)  ## build the site into site/, with figures drawn on this machine

@@ -1,6 +1,7 @@
-"""Put the results of a run into docs/benchmark.md: `python bench/page.py FOLDER`.
+"""Publish the results of a run: `python bench/page.py FOLDER`.
 
-The table and the figures then come from the folder's bench.json and from nothing else.
+Its files are kept in a folder of bench/results/ that is named after the device. Table and figures
+of docs/benchmark.md then come from that folder and from nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from report import bandwidth_of
+from report import bandwidth_of, slug
+from run import LATEST
 
 from fusedreg.machine import describe
 
@@ -63,10 +65,19 @@ def results(folder: Path) -> str:
     )
 
 
+def keep(folder: Path) -> Path:
+    """The folder that is named after the device, with these results in it."""
+    report = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    kept = LATEST.parent / slug(report["machine"])
+    if kept != folder:
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
+    return kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="with the results of a run")
-    folder = parser.parse_args().folder.resolve()
+    parser.add_argument("folder", type=Path, nargs="?", default=LATEST, help="of the run")
+    folder = keep(parser.parse_args().folder.resolve())
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     text = f"{before}{BEGIN}\n{results(folder)}\n{END}{after}"

@@ -11,17 +11,17 @@ import torch
 from comparison import affordable, compare, participants, release
 from jobs import Job, all_shapes, jobs
 from measure import Machine, bandwidths
-from report import Report, as_text, new_report, slug, write
+from report import Report, as_text, new_report, write
 from rich.console import Console
 from rich.progress import Progress
 from shapes import Groups, count
 
-RESULTS = Path(__file__).parent / "results"
+LATEST = Path(__file__).parent / "results/latest"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", help="folder of the results")
+    parser.add_argument("out", type=Path, nargs="?", default=LATEST, help="folder of the results")
     parser.add_argument("--budget", type=float, default=240, help="seconds (default: 240)")
     parser.add_argument("--quick", action="store_true", help="the first comparisons only")
     parser.add_argument("--base", metavar="REF", help="this tree beside another commit, instead")
@@ -84,7 +84,7 @@ def main() -> None:
     found = bandwidths(machine)
     machine.bandwidth = 1e9 * max(found.values())
     report = new_report(options.commit, found)
-    out = options.out or RESULTS / slug(report["machine"])
+    out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     if options.base:
         from versions import compare_versions  # noqa: PLC0415  # starts processes

@@ -37,10 +37,16 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Run the check; 0 if every step is right, 1 if one is not, 2 if it cannot run."""
+    """Run the check; 0 if every step is right, 1 if one is not, 2 if it cannot run as meant."""
+    if arguments.json is not None:
+        try:
+            # Rather than fail at the end, or leave an older result if this run dies.
+            arguments.json.write_text("")
+        except OSError as error:
+            return _cannot("check", f"--json {arguments.json}: {error.strerror}")
     try:
         # Only here: `import fusedreg` must not take the time.
-        from fusedreg.check import devices, run  # noqa: PLC0415
+        from fusedreg.check import devices, examine, run  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "rich":
             raise
@@ -50,13 +56,9 @@ def check(arguments: argparse.Namespace) -> int:
     for asked in arguments.device or present:
         found = [each for each in present if _is_meant(asked, each)]
         if not found:
-            return _cannot("check", f"--device {asked}: here are {', '.join(map(str, present))}")
+            here = f"--device {asked}: here are {', '.join(map(str, present))}"
+            return _cannot("check", "\n".join([here, *map(str, examine(present))]))
         checked += found
-    if arguments.json is not None:
-        try:
-            arguments.json.touch()  # rather than fail when all is done
-        except OSError as error:
-            return _cannot("check", f"--json {arguments.json}: {error.strerror}")
     cases = [case for case in CASES if case.id in (arguments.case or [case.id])]
     dtypes = [dtype for dtype in DTYPES if dtype in (arguments.dtype or DTYPES)]
     return run(list(dict.fromkeys(checked)), cases, dtypes, arguments.json)

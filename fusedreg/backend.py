@@ -34,12 +34,16 @@ def problem() -> str | None:
     """Why triton cannot run the kernels, None where it can."""
     try:
         triton = importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    except Exception as error:  # whatever a broken triton raises
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    version = getattr(triton, "__version__", None)
+    if version is None:  # as of any folder of that name on sys.path
+        where = getattr(triton, "__file__", None) or [*getattr(triton, "__path__", ())]
+        return f"what is imported as triton is another module, without a version ({where})"
+    found = re.match(r"(\d+)\.(\d+)", str(version))
     if found and tuple(map(int, found.groups())) >= FLOOR:
         return None
-    return f"triton {triton.__version__} is too old"
+    return f"triton {version} is too old"
 
 
 @cache

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import shutil
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,7 @@ def test_errors_are_in_ulp_of_the_larger_of_before_and_after() -> None:
 
 
 def test_inputs_have_what_is_hard() -> None:
-    inputs = accuracy.inputs_of(BY_ID["adam-none"])
+    inputs = accuracy.inputs_of(BY_ID["adam-none"], steps=2)
     sizes = [weight.numel() for weight in inputs.weights]
     assert sizes[0] == sizes[-1] == 0
     assert any(weight.dim() == 0 for weight in inputs.weights)
@@ -69,15 +72,45 @@ def test_inputs_have_what_is_hard() -> None:
     assert not torch.equal(rounded.weights[large], weight)
 
 
+def test_a_class_that_raises_is_a_failure_and_no_traceback() -> None:
+    def raises(self: Any, closure: Any = None) -> None:
+        raise RuntimeError("no step")
+
+    usual = BY_ID["adam-none"]
+    case = replace(usual, cls=type("Adam", (usual.cls,), {"step": raises}))
+    for step in accuracy.problems([case], [torch.float32]):
+        assert accuracy.measure(step, REFERENCE).failures == (
+            "fusedreg raised RuntimeError: no step",
+        )
+
+
+@pytest.mark.parametrize("name", ["adam-decay", "adam_maximize-elastic_net"])
+def test_no_penalty_cancels_the_gradient_of_a_first_step(name: str) -> None:
+    case = BY_ID[name]
+    first = accuracy.inputs_of(case, steps=0)
+    assert not any(first.moments + first.counts)
+    sign = -1 if case.kwargs.get("maximize") else 1
+    for weight, grad in zip(first.weights, first.grads, strict=True):
+        assert (sign * weight * grad >= 0).all()
+
+
+def test_every_step_has_two_groups() -> None:
+    case = BY_ID["adam-none"]
+    first, second = accuracy.groups(case, accuracy.values(0))
+    assert first["lr"] != second["lr"]
+    for group in (first, second):
+        assert any(param.numel() for param in group["params"])
+
+
 def test_a_clipped_step_is_another_one() -> None:
-    free, clipped = accuracy.problems([BY_ID["sgd-none"]], [torch.float64])
+    free, clipped, *_ = accuracy.problems([BY_ID["sgd-none"]], [torch.float64])
     assert free.max_norm is None
     assert not torch.equal(free.weights[-2], clipped.weights[-2])
 
 
 def test_thresholds_make_zeros_that_must_be_there() -> None:
     for name in ("sgd-l1_prox", "adam-l1_decoupled", "adamw-elastic_net"):
-        step, _ = accuracy.problems([BY_ID[name]], [torch.float32])
+        *_, step, _ = accuracy.problems([BY_ID[name]], [torch.float32])
         zero, nonzero = (
             torch.cat([x.flatten() for x in step.zero]),
             torch.cat([x.flatten() for x in step.nonzero]),
@@ -159,9 +192,10 @@ def test_a_table_of_a_gpu_is_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A machine where a GPU would have nothing to complain of."""
+    importlib.import_module("torch._dynamo")  # before a test hides the triton that it needs
     headers = tmp_path / "Python.h"
     headers.touch()
-    monkeypatch.setattr(installation.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(installation.sysconfig, "get_paths", lambda *_: {"include": str(tmp_path)})
     monkeypatch.setattr(installation.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(installation, "NVIDIA", tmp_path / "no driver")
     monkeypatch.setattr(installation.sys, "platform", "linux")
@@ -222,12 +256,75 @@ def test_no_triton(triton: Any, what: str, gpu: None, monkeypatch: pytest.Monkey
     assert "no kernel is launched" in found.what
 
 
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("raise OSError('no libcuda.so')", "triton cannot be imported (OSError: no libcuda.so)"),
+        ("import sys; sys.absent", "triton cannot be imported (AttributeError: module 'sys'"),
+        ("", "without a version"),
+        ("__version__ = None", "without a version"),
+        ("__version__ = (3, 6)", "triton (3, 6) is too old"),
+        (None, "without a version"),  # any folder of that name
+    ],
+)
+def test_a_triton_that_is_none(
+    code: str | None, what: str, gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It raises what it likes, and has not what triton has: a finding, never a traceback."""
+    folder = tmp_path / "only" / "triton"
+    folder.mkdir(parents=True)
+    if code is not None:
+        (folder / "__init__.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [str(folder.parent)])
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    (found,) = examine([CPU, CUDA])
+    assert names([found]) == [("triton", True)]
+    assert what in found.what
+    assert what != "without a version" or str(folder) in found.what
+    assert found.cure == "Install it: pip install 'triton>=3.3'"
+    assert names(examine([CPU])) == [("triton", False)]
+    for value in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert {place.path for place in places([CPU, CUDA])} == {"reference"}
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_triton_is_not_asked_for_off_linux(
+    system: str, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in pyproject.toml; what works there works."""
+    monkeypatch.setattr(sys, "platform", system)
+    assert examine([CPU, CUDA]) == []
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for checked in ([CPU, CUDA], [CPU]):
+        (found,) = examine(checked)
+        assert str(found) == "note: triton is for Linux; steps take the reference path."
+        assert not found.broken
+
+
 def test_a_repository_that_is_not_installed(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fusedreg.kernels.launch", None)
     for device, is_broken in ((CUDA, True), (CPU, False)):
         (found,) = examine([device])
         assert names([found]) == [("kernels", is_broken)]
+        assert "as in a repository that is not installed" in found.what
         assert found.cure == "In the repository: pip install -e ."
+
+
+def test_kernels_that_this_triton_cannot_import(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    @cache
+    def refuses() -> None:
+        raise AttributeError("module 'triton.language' has no attribute 'tensor'")
+
+    monkeypatch.setattr(backend, "kernels", refuses)
+    for device, is_broken in ((CUDA, True), (CPU, False)):
+        (found,) = examine([device])
+        assert names([found]) == [("kernels", is_broken)]
+        assert "(AttributeError: module 'triton.language' has no attribute" in found.what
+        assert found.cure == "Install torch and triton anew"
+    for value in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert {place.path for place in places([CPU, CUDA])} == {"reference"}
 
 
 def test_the_interpreter(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +366,23 @@ def test_no_headers(gpu: None, tmp_path: Path) -> None:
     (found,) = examine([CUDA])
     assert names([found]) == [("headers", True)]
     assert "python3-dev" in found.cure
+
+
+@pytest.mark.parametrize(
+    ("scheme", "looked_in"),
+    [("posix_local", "posix_prefix"), ("posix_prefix", "posix_prefix"), ("nt", "nt")],
+)
+def test_headers_are_looked_for_where_triton_does(
+    scheme: str, looked_in: str, gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Debian's default scheme names /usr/local/include, where python3-dev installs nothing."""
+
+    def paths(scheme: str) -> dict[str, str]:
+        return {"include": str(tmp_path if scheme == looked_in else tmp_path / scheme)}
+
+    monkeypatch.setattr(installation.sysconfig, "get_default_scheme", lambda: scheme)
+    monkeypatch.setattr(installation.sysconfig, "get_paths", paths)
+    assert examine([CUDA]) == []
 
 
 def test_no_cache(gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from torch.amp import GradScaler
 
 import fusedreg
 from fusedreg import backend
+from fusedreg.check.oracle import Oracle
 
 from cases import CASES, SOME, TORCH_CASES, Case, by_id, tensors
 from compare import assert_close, assert_rounds_once, frozen, parameters_of
-from oracle import Oracle
 
 DEVICE = torch.device("cuda")
 PATH = "default"  # on a GPU nobody has to ask for the kernels
@@ -118,13 +118,13 @@ def accuracy(case: Case, dtype: torch.dtype) -> float:
 def test_steps_equal_the_papers_formulas(case: Case, dtype: torch.dtype) -> None:
     params = parameters(dtype)
     optimizer = case.make(params, PATH)
-    oracle = Oracle(case, [param.detach().double().cpu().numpy() for param in params])
+    oracle = Oracle(case, params)
     for seed in range(STEPS):
         set_grads(params, seed)
-        oracle.step([param.grad.double().cpu().numpy() for param in params])
+        oracle.step([param.grad for param in params])
         optimizer.step()
     assert optimizer.backend == "triton"
-    expected = [torch.as_tensor(value).to(DEVICE, dtype) for value in oracle.values]
+    expected = [value.to(DEVICE, dtype) for value in oracle.values]
     assert_close(params, expected, ulps=STEPS * accuracy(case, dtype))
 
 

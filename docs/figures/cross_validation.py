@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from drawing import TITLE, run
+from drawing import TITLE, run, silently
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.model_selection import KFold
@@ -27,6 +27,7 @@ Fit = Callable[[Data], diabetes.Path]
 class Curve(NamedTuple):
     """Along l1: mean squared error of each fold, and the coefficients on all data."""
 
+    l1: Sequence[float]
     errors: np.ndarray
     coefficients: Tensor
 
@@ -56,37 +57,47 @@ class Curve(NamedTuple):
         return (self.coefficients != 0).sum(1).numpy()
 
 
-def cross_validate(data: Data, fit: Fit) -> Curve:
-    """Fit paths without each fold, score them on it, and fit all data at last."""
-    errors = []
+def folds(data: Data) -> Iterator[tuple[Data, Data]]:
+    """What each fold is fitted on, standardised, and what is held out, in the same units."""
     for train, test in FOLDS.split(data.X):
         X, y = data.X[train], data.y[train]
         mean, std, intercept = X.mean(0), X.std(0, correction=0), y.mean()
-        path = fit(Data((X - mean) / std, y - intercept, data.names))
-        predicted = (data.X[test] - mean) / std @ path.coefficients.T + intercept
-        errors.append(((predicted - data.y[test, None]) ** 2).mean(0))
-    return Curve(torch.stack(errors, 1).numpy(), fit(data).coefficients)
+        yield (
+            Data((X - mean) / std, y - intercept, data.names),
+            Data((data.X[test] - mean) / std, data.y[test] - intercept, data.names),
+        )
 
 
-def draw() -> Figure:
-    """Error over l1 above, nonzeros over l1 below, by fusedreg and by scikit-learn."""
+def cross_validate(data: Data, fit: Fit) -> Curve:
+    """Fit paths without each fold, score them on it, and fit all data at last."""
+    errors = []
+    for train, held_out in folds(data):
+        residuals = held_out.X @ fit(train).coefficients.T - held_out.y[:, None]
+        errors.append((residuals**2).mean(0))
+    path = fit(data)
+    return Curve(path.l1, torch.stack(errors, 1).numpy(), path.coefficients)
+
+
+def compute(count: int = POINTS) -> tuple[Curve, Curve]:
+    """The curve of fusedreg and that of scikit-learn, on `count` values of l1."""
     data = diabetes.load()
-    l1s = diabetes.l1_grid(data, POINTS)
+    l1s = diabetes.l1_grid(data, count)
+    return (
+        cross_validate(data, lambda part: diabetes.follow(part, "Lasso", "SGD", l1s, silently)),
+        cross_validate(data, lambda part: diabetes.reference(part, "Lasso", l1s)),
+    )
 
-    def quietly(items: Sequence[float], description: str) -> Sequence[float]:
-        return items
 
-    ours = cross_validate(data, lambda part: diabetes.follow(part, "Lasso", "SGD", l1s, quietly))
-    theirs = cross_validate(data, lambda part: diabetes.reference(part, "Lasso", l1s))
-
+def draw(ours: Curve, theirs: Curve) -> Figure:
+    """Error over l1 above, nonzeros over l1 below, by fusedreg and by scikit-learn."""
     figure = new_figure(8, 6.4, caption("scikit-learn"))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
-    draw_errors(upper, l1s, ours, theirs)
-    draw_nonzeros(lower, l1s, ours, theirs)
+    draw_errors(upper, ours, theirs)
+    draw_nonzeros(lower, ours, theirs)
     for axes in (upper, lower):
         tidy(axes)
         for index in (ours.best, ours.chosen):
-            axes.axvline(l1s[index], color=QUIET, linewidth=1, linestyle=":")
+            axes.axvline(ours.l1[index], color=QUIET, linewidth=1, linestyle=":")
     worst = abs(ours.errors - theirs.errors).max()
     upper.set_title(
         "Lasso on the diabetes data, five folds: cross-validated error\n"
@@ -96,8 +107,9 @@ def draw() -> Figure:
     return figure
 
 
-def draw_errors(axes: Axes, l1s: Sequence[float], ours: Curve, theirs: Curve) -> None:
+def draw_errors(axes: Axes, ours: Curve, theirs: Curve) -> None:
     """The mean over folds with its band, scikit-learn's dots, and the two choices."""
+    l1s = ours.l1
     low, high = ours.mean - ours.standard_error, ours.mean + ours.standard_error
     axes.fill_between(
         l1s, low, high, color=CLOUD, alpha=0.3, linewidth=0, label="± one standard error"
@@ -124,10 +136,10 @@ def draw_errors(axes: Axes, l1s: Sequence[float], ours: Curve, theirs: Curve) ->
     axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
-def draw_nonzeros(axes: Axes, l1s: Sequence[float], ours: Curve, theirs: Curve) -> None:
+def draw_nonzeros(axes: Axes, ours: Curve, theirs: Curve) -> None:
     """Coefficients that are not 0, fitted on all data."""
-    axes.plot(l1s, ours.nonzeros, color=CLOUD, linewidth=3, drawstyle="steps-mid")
-    axes.plot(l1s, theirs.nonzeros, "o", color=SPIKE, markersize=3.5)
+    axes.plot(ours.l1, ours.nonzeros, color=CLOUD, linewidth=3, drawstyle="steps-mid")
+    axes.plot(theirs.l1, theirs.nonzeros, "o", color=SPIKE, markersize=3.5)
     axes.set_xscale("log")
     axes.set_ylim(-0.5, 10.5)
     axes.set_yticks(range(0, 11, 2))
@@ -137,7 +149,7 @@ def draw_nonzeros(axes: Axes, l1s: Sequence[float], ours: Curve, theirs: Curve) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw into the folder that is named, or beside this file."""
-    run("cross_validation", draw, arguments)
+    run("cross_validation", lambda: draw(*compute()), arguments)
 
 
 if __name__ == "__main__":

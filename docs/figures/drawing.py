@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 TITLE = {"fontsize": 11.5}
 
+T = TypeVar("T")
+
 
 def run(name: str, draw: Callable[[], Figure], arguments: Sequence[str] | None = None) -> None:
-    """The main of a script: draw NAME.png and NAME.svg into the folder that the user gave."""
-    parser = argparse.ArgumentParser(description=f"Draw {name}.png and {name}.svg.")
+    """The main of a script: draw NAME.png into the folder that the user gave."""
+    parser = argparse.ArgumentParser(description=f"Draw {name}.png.")
     parser.add_argument("out", nargs="?", type=Path, default=HERE, help="folder, made if missing")
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # these tensors are too small to share
-    save(draw(), out / name)
+    draw().savefig(out / f"{name}.png", dpi=150)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write both formats; the SVG has the same bytes for the same numbers."""
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    with rc_context({"svg.hashsalt": path.name}):  # else its ids are random
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+def silently(items: Sequence[T], description: str) -> Iterator[T]:
+    """Go through the items without a progress bar."""
+    return iter(items)

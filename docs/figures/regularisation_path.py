@@ -7,10 +7,10 @@ steps until the KKT residual (the largest distance of a coordinate from optimali
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from drawing import TITLE, run
+from drawing import TITLE, run, silently
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,7 +20,6 @@ from fusedreg.demo.figures import draw_path
 from fusedreg.demo.style import COLOURS, QUIET, SPIKE, new_figure, tidy
 from fusedreg.machine import caption
 
-T = TypeVar("T")
 PENALTY = "Lasso"
 STYLES: dict[str, dict[str, Any]] = {
     "SGD": {"marker": "s", "color": COLOURS[0], "markersize": 8, "fillstyle": "none"},
@@ -37,11 +36,6 @@ def compute(count: int = 22) -> dict[str, Path]:
         solver: diabetes.follow(data, PENALTY, solver, l1s, silently) for solver in diabetes.SOLVERS
     }
     return paths | {"scikit-learn": diabetes.reference(data, PENALTY, l1s)}
-
-
-def silently(items: Sequence[T], description: str) -> Iterator[T]:
-    """Go through the items without a progress bar."""
-    return iter(items)
 
 
 def draw(paths: Mapping[str, Path], data: Data | None = None) -> Figure:

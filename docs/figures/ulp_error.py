@@ -120,8 +120,8 @@ def share(runs: Mapping[str, Tensor], key: str, found: Tensor) -> dict[str, Tens
 
 def rms_ulps(found: Tensor, exact: Tensor, dtype: torch.dtype) -> list[float]:
     """The error over the distance of neighbouring numbers at the exact weight, root mean square."""
-    _, exponent = torch.frexp(exact)
-    ulp = torch.finfo(dtype).eps * 2.0 ** (exponent - 1)
+    nearest = exact.abs().to(dtype)
+    ulp = torch.nextafter(nearest, torch.full_like(nearest, torch.inf)).double() - nearest.double()
     errors: list[float] = ((found - exact) / ulp).square().mean(1).sqrt().tolist()
     return errors
 

@@ -6,7 +6,6 @@ every device and path and holds it against float64; `report` shows what was foun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -21,9 +20,9 @@ from fusedreg.check import accuracy, installation, report
 from fusedreg.check.accuracy import Place, Row
 from fusedreg.machine import one_thread
 
-__all__ = ["devices", "run"]
+__all__ = ["devices", "examine", "run"]
 
-devices = installation.devices
+devices, examine = installation.devices, installation.examine
 
 
 def run(
@@ -32,7 +31,10 @@ def run(
     dtypes: Sequence[torch.dtype] = DTYPES,
     out: Path | None = None,
 ) -> int:
-    """Examine, step, print, and write JSON.
+    """Examine, step, write JSON, and print.
+
+    What is broken stops what it concerns: of torch everything, all else the kernels on a GPU. The
+    other steps are taken and shown.
 
     Args:
         checked: devices that are there.
@@ -41,8 +43,8 @@ def run(
         out: the JSON file, or None.
 
     Returns:
-        0 if every step is right, 1 if one is not, 2 if none was taken: the installation is broken,
-        or no device has any of the dtypes.
+        0 if every step is right, 1 if one is not, 2 if steps could not be taken or results not be
+        written: the installation is broken, no device has any of the dtypes, or the disk is full.
     """
     console = Console()
     start = perf_counter()
@@ -51,29 +53,24 @@ def run(
         style = "red" if finding.broken else ""
         console.print(str(finding), style=style, highlight=False, markup=False)
     broken = [finding.name for finding in findings if finding.broken]
-    rows = [] if broken else steps(places(checked), cases, dtypes, console)
-    failed = sum(bool(row.failures) for row in rows)
-    status = 2 if not rows else 1 if failed else 0
+    taken = [] if "torch" in broken else places(checked, gpu_kernels=not broken)
+    rows = steps(taken, cases, dtypes, console)
     seconds = perf_counter() - start
-    where = ", ".join(dict.fromkeys(f"{row.device} ({report.path(row)})" for row in rows))
-    verdict = {
-        0: f"PASS: all {len(rows)} steps are right on {where}, after {seconds:.0f} s",
-        1: f"FAIL: {failed} of {len(rows)} steps are wrong on {where}, after {seconds:.0f} s",
-        2: f"BROKEN: no step was taken ({', '.join(broken) or 'no device has the dtypes'})",
-    }[status]
-    report.show(console, rows, verdict)
+    status, verdict = report.verdict(rows, broken, seconds)
     if out is not None:
-        record = report.record(rows, findings, seconds, status)
-        out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        unwritten = report.write(report.record(rows, findings, seconds, status), out)
+        if unwritten is not None:
+            status, verdict = report.verdict(rows, [*broken, unwritten], seconds)
+    report.show(console, rows, verdict)
     return status
 
 
-def places(checked: Sequence[torch.device]) -> list[Place]:
+def places(checked: Sequence[torch.device], gpu_kernels: bool = True) -> list[Place]:
     """The reference path on every device, and the kernels where they run."""
     found = []
     for device in checked:
         found.append(Place(device, "reference"))
-        if _has_kernels(device):
+        if (gpu_kernels or device.type != "cuda") and _has_kernels(device):
             found.append(Place(device, "triton"))
     return found
 
@@ -82,7 +79,7 @@ def _has_kernels(device: torch.device) -> bool:
     """Whether kernels run there; where they are missing, `installation` has said so."""
     try:
         return backend.problem() is None and backend.device_kernels(device, fused=True) is not None
-    except ImportError:
+    except Exception:  # as many as a broken triton raises
         return False
 
 
@@ -93,17 +90,14 @@ def steps(
     console: Console,
 ) -> list[Row]:
     """Take every step, with a progress bar."""
-    shown = track(
-        accuracy.problems(cases, dtypes),
-        "steps",
-        total=len(cases) * len(dtypes) * len(accuracy.CLIPS),
-        console=console,
-        transient=True,
-    )
+    if not places:
+        return []
+    shown = track(cases, "cases", console=console, transient=True)
     with one_thread():
         return [
             accuracy.measure(problem, place)
-            for problem in shown
+            for case in shown
+            for problem in accuracy.problems([case], dtypes)
             for place in places
             if place.takes(problem.dtype)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -24,7 +25,10 @@ NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 class Finding(NamedTuple):
-    """One sentence on what is found, one on the cure; `broken`: steps would not run as meant."""
+    """One sentence on what is found, one on the cure; `broken`: steps would not run as meant.
+
+    What is wrong with torch concerns every step, all else the kernels on a GPU.
+    """
 
     name: str
     broken: bool
@@ -62,6 +66,15 @@ def _torch() -> Iterator[Finding]:
             f"torch {torch.__version__} is older than {floor}",
             f"Install it: pip install -U 'torch>={floor}'",
         )
+    try:
+        importlib.import_module("torch._dynamo")  # as torch does when it makes an optimizer
+    except Exception as error:  # whatever a broken triton raises, except an ImportError
+        yield Finding(
+            "torch",
+            True,
+            f"torch makes no optimizer, not even its own ({type(error).__name__}: {error})",
+            "Install torch and triton anew, or remove what is imported as triton instead",
+        )
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if NVIDIA.exists() and not hidden and not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -78,6 +91,9 @@ def _kernels(gpu: bool) -> Iterator[Finding]:
     """Whether the Triton kernels can be had: at least one sentence, also where all is well."""
     unused = "no GPU is checked here, so no kernel is launched"
     problem = backend.problem()
+    if problem is not None and sys.platform != "linux":  # where ours asks for no triton either
+        yield Finding("triton", False, "triton is for Linux; steps take the reference path")
+        return
     if problem is not None:
         cost = "steps take the slow reference path" if gpu else unused
         use = "Install it" if gpu else "For a GPU"
@@ -86,13 +102,16 @@ def _kernels(gpu: bool) -> Iterator[Finding]:
         return
     try:
         backend.kernels()
-    except ImportError as error:
+    except Exception as error:  # whatever a broken triton raises only now
+        ours = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("fusedreg.")
+        why = f"{type(error).__name__}: {error}"
+        as_in = ", as in a repository that is not installed" if ours else ""
+        harm = "steps on a GPU raise this without fused=False" if gpu else unused
         yield Finding(
             "kernels",
             gpu,
-            f"fusedreg.kernels cannot be imported ({error}), as in a repository that is not "
-            f"installed, and {'no step runs' if gpu else unused}",
-            "In the repository: pip install -e .",
+            f"fusedreg.kernels cannot be imported ({why}){as_in}, and {harm}",
+            "In the repository: pip install -e ." if ours else "Install torch and triton anew",
         )
         return
     if backend.interpreted():
@@ -125,7 +144,10 @@ def _compiling() -> Iterator[Finding]:
             f"triton compiles its launchers and finds no C compiler ({seen})",
             "Install gcc or set CC to a compiler",
         )
-    headers = Path(sysconfig.get_paths()["include"])
+    scheme = sysconfig.get_default_scheme()
+    # As triton looks for them: Debian's own scheme names a folder that has none.
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    headers = Path(sysconfig.get_paths(scheme)["include"])
     if not (headers / "Python.h").exists():
         yield Finding(
             "headers",

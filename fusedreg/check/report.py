@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ from fusedreg.check.installation import Finding
 from fusedreg.machine import environment
 
 VERDICTS = ("pass", "fail", "broken")
-"""By exit status; in the last no step was taken."""
+"""By exit status; "broken" whatever the steps gave that were taken."""
+
+SHOWN = 5
+"""Failures that are printed in full: where much is wrong, the tables say what."""
 
 KINDS = ("decay", "L1", "elastic net")
 
@@ -41,16 +46,38 @@ def place(row: Row) -> str:
     return f"{row.device}{gpu and f' ({gpu})'}, {path(row)}"
 
 
+def verdict(rows: Sequence[Row], broken: Sequence[str], seconds: float) -> tuple[int, str]:
+    """The exit status, and all in one line; `broken` names what kept steps from being taken."""
+    if not rows:
+        return 2, f"BROKEN: no step was taken ({', '.join(broken) or 'no device has the dtypes'})"
+    failed = sum(bool(row.failures) for row in rows)
+    taken = "steps that were taken" if broken else "steps"
+    right = (
+        f"{failed} of {len(rows)} {taken} are wrong"
+        if failed
+        else f"all {len(rows)} {taken} are right"
+    )
+    where = ", ".join(dict.fromkeys(f"{row.device} ({path(row)})" for row in rows))
+    said = f"{right} on {where}, after {seconds:.0f} s"
+    if broken:
+        return 2, f"BROKEN: {', '.join(broken)}; {said}"
+    return (1, f"FAIL: {said}") if failed else (0, f"PASS: {said}")
+
+
 def show(console: Console, rows: Sequence[Row], verdict: str) -> None:
-    """Print a table for each place, everything about each failure, and the verdict."""
+    """Print a table for each place, everything about the first failures, and the verdict."""
     for device, way in dict.fromkeys((row.device, row.path) for row in rows):
         console.print(table([row for row in rows if (row.device, row.path) == (device, way)]), "")
-    for row in rows:
-        if row.failures:
-            for line in failure(row):
-                console.out(line, highlight=False)
+    failed = [row for row in rows if row.failures]
+    for row in failed[:SHOWN]:
+        for line in failure(row):
+            console.out(line, highlight=False)
+    if len(failed) > SHOWN:
+        console.out(
+            f"and {len(failed) - SHOWN} more, all of them with --json FILE", highlight=False
+        )
     style = "bold green" if verdict.startswith("PASS") else "bold red"
-    console.print(verdict, style=style, highlight=False, soft_wrap=True)
+    console.print(verdict, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -98,9 +125,10 @@ def caption(rows: Sequence[Row], dtypes: Sequence[str]) -> str:
     finite = {name: [x for x in found if math.isfinite(x)] for name, found in bounds.items()}
     said = ", ".join(f"{name} {max(found):.4g}" for name, found in finite.items() if found)
     text = (
-        f"{len(rows)} steps, half of them clipped, against the same in float64 on the CPU; ulp at "
-        f"the larger of before and after. Must hold: the bound (at most {said}), the path that was "
-        "asked for, .grad untouched, exact zeros where the threshold makes them. "
+        f"{len(rows)} steps, half of them first ones, half clipped, against the papers' formulas "
+        "in float64; ulp at the larger of before and after. Must hold: the bound (at most "
+        f"{said}), the path that was asked for, .grad untouched, exact zeros where the threshold "
+        "makes them. "
         "-: torch.optim has no equal."
     )
     theirs = [row.torch_ulp for row in rows if row.torch_ulp is not None]
@@ -111,16 +139,26 @@ def caption(rows: Sequence[Row], dtypes: Sequence[str]) -> str:
 
 def failure(row: Row) -> list[str]:
     """Everything about a failure, and how to see it again."""
+    step = "first step" if row.first else "later step"
     clip = "clipped" if row.clip else "not clipped"
     theirs = "-" if row.torch_ulp is None else f"{row.torch_ulp:.3g}"
     command = f"fusedreg check --device {row.device} --case {row.case} --dtype {row.dtype}"
     return [
-        f"FAIL {row.case}, {clip}, {row.dtype}, {row.device}, {row.path} path",
+        f"FAIL {row.case}, {step}, {clip}, {row.dtype}, {row.device}, {row.path} path",
         f"     {'; '.join(row.failures)}",
         f"     ulp {row.ulp:.3g}, bound {row.bound:.3g}, torch.optim {theirs}, "
         f"backend {row.backend}, launches {row.launches}",
         f"     {command}",
     ]
+
+
+def write(found: dict[str, Any], out: Path) -> str | None:
+    """Write the JSON file; why it cannot be written, None where it is."""
+    try:
+        out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        return f"--json {out}: {error.strerror}"
+    return None
 
 
 def record(

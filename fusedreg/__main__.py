@@ -12,7 +12,7 @@ import torch
 
 from fusedreg.cases import CASES, DTYPES
 
-DEMO_EXTRA = ("matplotlib", "sklearn")
+DEMO_EXTRA = ("matplotlib", "numpy", "sklearn")
 """Modules that only the demo imports."""
 
 

@@ -329,7 +329,7 @@ def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (tmp_path / "fusedreg-demo").is_dir()
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "sklearn"])
+@pytest.mark.parametrize("module", ["matplotlib", "numpy", "sklearn"])
 def test_without_the_extra(
     module: str,
     tmp_path: Path,

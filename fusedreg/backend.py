@@ -66,15 +66,30 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@cache
+def host_kernels() -> ModuleType | None:
+    """`fusedreg.kernels.host.launch`, or None where numba cannot be imported."""
+    try:
+        importlib.import_module("numba")
+    except Exception:  # whatever a broken numba, or one too old for numpy, raises
+        return None
+    return importlib.import_module("fusedreg.kernels.host.launch")
+
+
 def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | None:
     """The kernels that step parameters of a device, None for the reference.
 
-    A GPU has them unless `fused` is False; a CPU only where triton interprets, with fused=True.
+    Triton's on a GPU and numba's on a CPU, unless `fused` is False; with fused=True triton's on a
+    CPU too, where it interprets.
     """
+    if fused is False:
+        return None
     if device.type == "cuda":
         # The interpreter runs on the host, which cannot read the addresses of a GPU.
-        return None if fused is False or interpreted() else kernels()
-    return kernels() if device.type == "cpu" and fused and interpreted() else None
+        return None if interpreted() else kernels()
+    if device.type != "cpu":
+        return None
+    return kernels() if fused and interpreted() else host_kernels()
 
 
 def kernels_for(param: Tensor, fused: bool | None) -> ModuleType | None:

@@ -174,7 +174,7 @@ class Plan:
         for bucket in memory.buckets:
             if bucket.table.chunks:
                 self.launches += 1
-                self.launch.norms(
+                bucket.kind.launch.norms(
                     bucket.table,
                     _slice(bucket, grads),
                     memory.partials,
@@ -186,7 +186,7 @@ class Plan:
     def _rows(self, bucket: Bucket, grads: Tensor, numbers: Tensor, **more: Tensor | None) -> None:
         kind = bucket.kind
         self.launches += 1
-        self.launch.rows(
+        kind.launch.rows(
             bucket.table,
             _slice(bucket, grads),
             numbers,
@@ -204,7 +204,7 @@ class Plan:
             return
         kind = bucket.kind
         self.launches += 1
-        self.launch.step(
+        kind.launch.step(
             bucket.table,
             _slice(bucket, grads),
             bucket.rows,

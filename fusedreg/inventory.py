@@ -61,7 +61,7 @@ class Inventory:
 
     Args:
         rule: the optimizer.
-        launch: `fusedreg.kernels.launch`.
+        kernels: the module that launches the kernels of each parameter.
         groups: all param groups.
         chosen: the parameters that kernels step, each with the index of its group. Parameter,
             gradient and states of each are walkable.
@@ -73,15 +73,16 @@ class Inventory:
     def __init__(
         self,
         rule: Rule,
-        launch: ModuleType,
+        kernels: Mapping[Tensor, ModuleType | None],
         groups: Groups,
         chosen: Mapping[Tensor, int],
         rest: Collection[Tensor],
         state: States,
         grad_dtypes: Mapping[Tensor, torch.dtype],
     ) -> None:
-        self.rule, self.launch = rule, launch
-        self.chosen, self.rest = chosen, rest
+        self.rule, self.chosen, self.rest = rule, chosen, rest
+        self.launchers = [kernels[param] for param in chosen]
+        self.launch: Any = self.launchers[0]  # tables and numbers are the same for all
         self.group_of = list(chosen.values())
         self.sharded = any(local(param) is not param for param in chosen)
         self._take_places(groups)

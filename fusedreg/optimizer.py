@@ -338,12 +338,17 @@ class FusedOptimizer(Optimizer):
         seen = None if old is None else old.inventory
         known = {} if seen is None else dict(zip(seen.chosen, seen.grad_dtypes, strict=True))
         # A parameter stays in the plan while it has no gradient, so that experts may come and go.
+        kernels = {
+            param: backend.kernels_for(param, group["fused"])
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None or param in self.state or param in known
+        }
         candidates = {
             param: index
             for index, group in enumerate(self.param_groups)
             for param in group["params"]
-            if (param.grad is not None or param in self.state or param in known)
-            and backend.kernels_for(param, group["fused"]) is not None
+            if kernels.get(param) is not None
         }
         if len({param for _, params in work for param in params}) < sum(len(p) for _, p in work):
             raise ValueError("some parameters appear in more than one parameter group")
@@ -362,11 +367,10 @@ class FusedOptimizer(Optimizer):
         }
         rest = [(group, [p for p in params if p not in chosen]) for group, params in work]
         rest = [(group, params) for group, params in rest if params]
-        launch = backend.kernels() if chosen else None
-        if launch is not None:
+        if chosen:
             others = {param for _, params in rest for param in params}
             groups, state = self.param_groups, self.state
-            inventory = Inventory(self, launch, groups, chosen, others, state, known)
+            inventory = Inventory(self, kernels, groups, chosen, others, state, known)
             self._plan = Plan(inventory, state)
         return rest
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ States = Sequence[Mapping[str, Tensor]]
 class Kind(NamedTuple):
     """What the tensors of one launch have in common."""
 
+    launch: Any  # the module that does
     device: torch.device
     rule: str
     states: tuple[str, ...]
@@ -75,6 +75,7 @@ def _kind(
     rule, names, shrink, *_ = inventory.structure[inventory.group_of[position]]
     counts = [state[name].dtype for name in inventory.rule.scalar_states if name in state]
     return Kind(
+        launch=inventory.launchers[position],
         device=param.device,
         rule=rule,
         states=names,
@@ -94,13 +95,14 @@ def _memory(
     kinds: Mapping[Kind, list[int]],
     states: States,
 ) -> Memory:
-    launch: ModuleType = inventory.launch
+    launch = inventory.launch
     buckets: list[Bucket] = []
     chunks = tensors = 0
     for kind, positions in kinds.items():
         groups = [inventory.group_of[position] for position in positions]
         numels = [inventory.numels[position] for position in positions]
-        table = launch.build(_slots(inventory, kind, positions, states), numels, groups, device)
+        slots = _slots(inventory, kind, positions, states)
+        table = kind.launch.build(slots, numels, groups, device)
         rows = torch.empty(len(positions), launch.ROW, dtype=torch.float64, device=device)
         hooks = launch.penalties([inventory.lines[group] for group in set(groups)])
         buckets.append(Bucket(kind, positions, hooks, table, rows, chunks, tensors))

@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.kernels.memory import load, pointer, store
-from fusedreg.kernels.rows import (
+from fusedreg.kernels.columns import (
     ACTIVE,
     ROW,
     ROW_DECAY,
@@ -23,6 +22,7 @@ from fusedreg.kernels.rows import (
     ROW_SCALE,
     ROW_THRESHOLD,
 )
+from fusedreg.kernels.memory import load, pointer, store
 
 
 @triton.jit

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedreg.kernels import penalty
+from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
+from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
+from fusedreg.kernels.columns import ROW as ROW_WIDTH
+from fusedreg.kernels.columns import header, line, penalties
 from fusedreg.kernels.engine import step_kernel
 from fusedreg.kernels.norms import norm_kernel
-from fusedreg.kernels.rows import HEADER as HEADER_WIDTH
-from fusedreg.kernels.rows import OPTIONS as LINE_WIDTH
-from fusedreg.kernels.rows import ROW as ROW_WIDTH
-from fusedreg.kernels.rows import header, line, penalties, rows_kernel
+from fusedreg.kernels.rows import rows_kernel
 from fusedreg.kernels.rules import RULES
 from fusedreg.kernels.table import CHUNK, Table, build, constants, send
 

@@ -6,8 +6,7 @@ A hook whose number is 0 leaves every bit of its argument: a select, because 0 *
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from fusedreg.kernels.language import tl, triton
 
 
 @triton.jit

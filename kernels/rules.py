@@ -20,8 +20,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import triton
-import triton.language as tl
+from fusedreg.kernels.language import tl, triton
 
 
 @triton.jit
@@ -40,6 +39,12 @@ def square_root(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, as IEEE has it."""
+    return divide(tl.full(x.shape, 1.0, x.dtype), x)
 
 
 @triton.jit
@@ -129,7 +134,7 @@ def adam_direction(m, v, scalars):
     """
     d = square_root(divide(v, scalars[4])) + scalars[5]
     direction = tl.where(d == 0.0, 0.0, divide(divide(m, scalars[3]), d))
-    gain = tl.where(v == 0.0, 0.0, divide(tl.full(d.shape, 1.0, d.dtype), d))
+    gain = tl.where(v == 0.0, 0.0, reciprocal(d))
     return direction, gain
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192
-"""Elements of one program of the step and of the norm."""
+"""Elements of one program of the step and of the norm on a GPU."""
 
 
 class Table(NamedTuple):
@@ -27,6 +27,7 @@ class Table(NamedTuple):
     """int32, (chunks,): the tensor of each chunk."""
     tensors: int
     chunks: int
+    elements: int
 
 
 def build(
@@ -34,6 +35,7 @@ def build(
     numels: Sequence[int],
     groups: Sequence[int],
     device: torch.device,
+    chunk: int = CHUNK,
 ) -> Table:
     """The table of some tensors.
 
@@ -42,10 +44,11 @@ def build(
         numels: elements of every tensor; 0 is fine.
         groups: index of every tensor's param group.
         device: where it shall be.
+        chunk: elements of a chunk.
     """
     host = torch.device("cpu")  # whatever the default device is
     sizes = torch.tensor(numels, dtype=torch.int64, device=host)
-    counts = (sizes + (CHUNK - 1)).div(CHUNK, rounding_mode="floor")
+    counts = (sizes + (chunk - 1)).div(chunk, rounding_mode="floor")
     first_chunks = counts.cumsum(0) - counts
     owners = torch.repeat_interleave(torch.arange(len(numels), device=host), counts)
     return Table(
@@ -56,6 +59,7 @@ def build(
         owners=_upload(owners.to(torch.int32), device),
         tensors=len(numels),
         chunks=owners.numel(),
+        elements=sum(numels),
     )
 
 

@@ -1,0 +1,177 @@
+"""Norms, rows and step on the host: the interface of ../launch.py, run by the threads of torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedreg.kernels import penalty
+from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
+from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
+from fusedreg.kernels.columns import ROW as ROW_WIDTH
+from fusedreg.kernels.columns import header, line, penalties
+from fusedreg.kernels.host.engine import CHUNK, norm_loop, rows_loop, step_loop
+from fusedreg.kernels.host.memory import STORED
+from fusedreg.kernels.rules import RULES
+from fusedreg.kernels import table as tables
+from fusedreg.kernels.table import Table, constants, send
+
+__all__ = [
+    "HEADER", "ROW", "build", "constants", "header", "line", "norms", "penalties", "rows", "send",
+    "step",
+]  # fmt: skip
+
+HEADER: int = HEADER_WIDTH.value
+ROW: int = ROW_WIDTH.value
+
+build = partial(tables.build, chunk=CHUNK)
+PIECE = 65536
+"""Elements that are worth waking another thread, some 50 microseconds."""
+PIECES = 4
+"""Pieces of a loop for each thread, so that one that is held up leaves work to the others."""
+
+
+@cache
+def _openmp() -> Any:
+    """GNU's entry into the OpenMP that torch itself runs on, or None where that has none.
+
+    Other threads would have to wait for torch's: after each parallel operation those spin for some
+    milliseconds before they let go of their cores.
+    """
+    try:
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="fusedreg")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # where none of its threads is left
+
+
+def run(loop: Any, table: Table, *args: int) -> None:
+    """Do a loop over all chunks on as many threads as torch uses, this one among them."""
+    chunks, threads = table.chunks, min(torch.get_num_threads(), table.elements // PIECE)
+    threads = max(1, min(threads, chunks))
+    size = -(-chunks // (threads * PIECES))
+    work = array("q", [0, size, chunks, *args])
+    address, _ = work.buffer_info()
+    if threads == 1:
+        loop(address)
+    elif (parallel := _openmp()) is not None:
+        parallel(ctypes.cast(loop, ctypes.c_void_p), address, threads, 0)
+    else:
+        pool = _pool(threads - 1)
+        others = [pool.submit(loop, address) for _ in range(threads - 1)]
+        loop(address)
+        for other in others:
+            other.result()
+
+
+def norms(
+    table: Table, grads: Tensor, partials: Tensor, first: int, grad: torch.dtype, aligned: bool
+) -> None:
+    """Write the norm of every chunk of the gradients; arguments as in ../launch.py."""
+    run(
+        norm_loop(grad),
+        table,
+        grads.data_ptr(),
+        table.numels.data_ptr(),
+        table.first_chunks.data_ptr(),
+        table.owners.data_ptr(),
+        partials.data_ptr(),
+        first,
+    )
+
+
+def rows(
+    table: Table,
+    grads: Tensor,
+    numbers: Tensor,
+    out: Tensor,
+    *,
+    rule: str,
+    states: int,
+    counts: int,
+    count: torch.dtype,
+    line: int,
+    partials: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    skipped: Tensor | None = None,
+) -> None:
+    """Write the row of every tensor and advance its counts; arguments as in ../launch.py."""
+    assert grad_scale is None and found_inf is None, "numbers of the host are in `numbers`"
+    scalars, _, width = RULES[rule]
+    loop = rows_loop(scalars, width, states, counts, count, line - LINE_WIDTH.value)
+    loop(
+        table.addresses.data_ptr(),
+        grads.data_ptr(),
+        table.groups.data_ptr(),
+        numbers.data_ptr(),
+        out.data_ptr(),
+        _address(partials),
+        0 if partials is None else partials.numel(),
+        _address(grad_norm),
+        _address(skipped),
+        table.tensors,
+    )
+
+
+def step(
+    table: Table,
+    grads: Tensor,
+    rows: Tensor,
+    *,
+    rule: str,
+    states: int,
+    subgradient: bool,
+    coupled: bool,
+    decoupled: bool,
+    prox: bool,
+    shrink: bool,
+    scaled: bool,
+    param: torch.dtype,
+    grad: torch.dtype,
+    state: torch.dtype,
+    aligned: bool,
+) -> None:
+    """Step every tensor that has a gradient; arguments as in ../launch.py."""
+    _, tile, width = RULES[rule]
+    hooks = (
+        penalty.l1_subgradient if subgradient else None,
+        penalty.coupled if coupled else None,
+        penalty.decoupled if decoupled else None,
+        (penalty.shrink if shrink else penalty.prox) if prox else None,
+    )
+    run(
+        step_loop(tile, width, states, hooks, scaled, param, grad, state),
+        table,
+        table.addresses.data_ptr(),
+        grads.data_ptr(),
+        table.numels.data_ptr(),
+        table.first_chunks.data_ptr(),
+        table.owners.data_ptr(),
+        rows.data_ptr(),
+        table.tensors,
+    )
+
+
+def _address(value: Tensor | None) -> int:
+    """Where a tensor is, 0 for none."""
+    return 0 if value is None else value.data_ptr()

@@ -68,10 +68,10 @@ def interpreted() -> bool:
 
 @cache
 def host_kernels() -> ModuleType | None:
-    """`fusedreg.kernels.host.launch`, or None where numba cannot be imported."""
+    """`fusedreg.kernels.host.launch`, or None where llvmlite cannot be imported."""
     try:
-        importlib.import_module("numba")
-    except Exception:  # whatever a broken numba, or one too old for numpy, raises
+        importlib.import_module("llvmlite.binding")
+    except Exception:  # whatever a broken llvmlite raises
         return None
     return importlib.import_module("fusedreg.kernels.host.launch")
 
@@ -79,7 +79,7 @@ def host_kernels() -> ModuleType | None:
 def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | None:
     """The kernels that step parameters of a device, None for the reference.
 
-    Triton's on a GPU and numba's on a CPU, unless `fused` is False; with fused=True triton's on a
+    Triton's on a GPU and LLVM's on a CPU, unless `fused` is False; with fused=True triton's on a
     CPU too, where it interprets.
     """
     if fused is False:

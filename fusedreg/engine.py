@@ -99,9 +99,9 @@ class Plan:
         self.variant = variant
         clips = max_norm is not None and max_norm != float("inf")
         scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
-        if grad_scale is not None and not is_remote(grad_scale):
+        if grad_scale is not None and self._reads(grad_scale):
             scale, grad_scale = scale / float(grad_scale), None
-        if found_inf is not None and not is_remote(found_inf):
+        if found_inf is not None and self._reads(found_inf):
             skip, found_inf = skip | bool(found_inf != 0), None
         header = self.launch.header(
             max_norm=max_norm if clips else float("inf"),
@@ -136,6 +136,10 @@ class Plan:
         if not self.capturing():
             self.inventory.stale_grads = self.inventory.stale_lines = False
         self.inventory.copies.clear()
+
+    def _reads(self, value: Number) -> bool:
+        """Whether the host reads a number: one that it has, or that only it needs."""
+        return not is_remote(value) or all(device.type == "cpu" for device in self.memory)
 
     def _send_grads(self, device: torch.device, memory: Memory) -> Tensor:
         """The gradients' addresses on the device; in a graph its own, which nothing else writes."""

@@ -212,21 +212,24 @@ class FusedOptimizer(Optimizer):
 
     @property
     def backend(self) -> str:
-        """What steps the parameters: "triton", "reference", or "triton and reference".
+        """What steps the parameters: "triton", "llvm", "reference", or several, with "and".
 
-        Kernels step a floating-point parameter on a GPU that fills its memory without gaps, unless
-        its group says fused=False or triton is missing. All others take the reference path.
+        Kernels step a floating-point parameter that fills its memory without gaps, triton's on a
+        GPU and LLVM's on a CPU, unless its group says fused=False or triton or llvmlite is missing.
+        All others take the reference path.
         """
-        found = {
-            "reference" if backend.kernels_for(param, group["fused"]) is None else "triton"
+        kernels = (
+            backend.kernels_for(param, group["fused"])
             for group in self.param_groups
             for param in group["params"]
-        }
-        return " and ".join(sorted(found, reverse=True)) or "reference"
+        )
+        found = {"reference" if launch is None else launch.NAME for launch in kernels}
+        order = ("triton", "llvm", "reference")
+        return " and ".join(name for name in order if name in found) or "reference"
 
     @property
     def launches(self) -> int:
-        """How many kernels the last step launched on all devices; 0 on the reference path."""
+        """How many kernels the last step called on all devices; 0 on the reference path."""
         return self._own.launches
 
     def _params(self) -> Iterator[Tensor]:

@@ -12,8 +12,6 @@ from typing import Any
 
 __all__ = ["tl", "triton"]
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl

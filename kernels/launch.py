@@ -25,10 +25,11 @@ from fusedreg.kernels.rules import RULES
 from fusedreg.kernels.table import CHUNK, Table, build, constants, send
 
 __all__ = [
-    "DTYPES", "HEADER", "ROW", "build", "constants", "header", "line", "norms", "penalties", "rows",
-    "run", "send", "step",
+    "DTYPES", "HEADER", "NAME", "ROW", "build", "constants", "header", "line", "norms", "penalties",
+    "rows", "run", "send", "step",
 ]  # fmt: skip
 
+NAME = "triton"
 HEADER: int = HEADER_WIDTH.value
 ROW: int = ROW_WIDTH.value
 

@@ -1,4 +1,5 @@
-"""The device code for the host: the same rules and penalties, compiled by numba.
+"""The device code for the host: the same rules and penalties, compiled by LLVM.
 
-Imports torch and numba, and of triton only what fusedreg.kernels.language lets it do without.
+Imports torch and llvmlite, and triton only through fusedreg.kernels.language, which does without.
+Start with engine.py.
 """

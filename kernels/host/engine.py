@@ -1,19 +1,18 @@
 """The three loops of a step on the host, over the tables that the kernels of a GPU walk.
 
-Each is compiled for one rule and one set of dtypes, takes integers (addresses, and the first and
-last of the chunks or tensors it shall do), and lets go of the interpreter's lock, so that threads
-share a step. Results do not depend on who does which chunk.
+Each is compiled for one rule and one set of dtypes. It takes the address of int64 numbers, of which
+the first counts the chunks that are taken: so threads share a loop, each taking chunks until all
+are done, and results do not depend on who did which.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from numba import njit
 
 from fusedreg.kernels.columns import (
     ACTIVE,
@@ -39,153 +38,170 @@ from fusedreg.kernels.columns import (
     SKIP_NONFINITE,
     SUBGRADIENT,
 )
-from fusedreg.kernels.host.language import compiled
-from fusedreg.kernels.host.memory import (
-    count_loader,
-    count_storer,
-    loader,
-    row_loader,
-    row_storer,
-    storer,
+from fusedreg.kernels.host.build import built, device
+from fusedreg.kernels.host.language import absolute, square_root, where
+from fusedreg.kernels.host.values import (
+    DOUBLE,
+    FLOAT,
+    Pointer,
+    Value,
+    Variable,
+    count,
+    repeat,
+    when,
 )
-from fusedreg.kernels.host.translate import device, loop, shared
 
 CHUNK = 65536
-"""Elements of one chunk: large, because each starts its vectors and its norm anew."""
-TINY, LARGEST = 2.2250738585072014e-308, 1.7976931348623157e308
-NUMPY: dict[torch.dtype, Any] = {torch.float64: np.float64, torch.float32: np.float32}
+"""Elements of one chunk: many, because each starts its vectors and its norm anew."""
 
-_float64 = row_loader(torch.float64, torch.float64, 1)
-_int64 = row_loader(torch.int64, torch.int64, 1)
-_int32 = row_loader(torch.int32, torch.int64, 1)
+SMALL = 1e-280
+"""A sum of squares below which some may have vanished."""
+TINY, LARGEST, INFINITY = 2.2250738585072014e-308, 1.7976931348623157e308, float("inf")
 
 
-@compiled
-def _range(chunk, tensor, numels, first_chunks):
+def _numbers(work: Value, how_many: int) -> list[Value]:
+    """The int64 numbers that follow the count of chunks taken."""
+    at = Pointer(work, torch.int64)
+    return [at[i] for i in range(1, 1 + how_many)]
+
+
+@contextmanager
+def _each_chunk(work: Value, chunks: Value) -> Iterator[Value]:
+    """A loop over chunks that no other thread has taken."""
+    counter = Pointer(work, torch.int64)
+    chunk = Variable(counter.take())
+    with repeat(lambda: chunk.get() < chunks):
+        yield chunk.get()
+        chunk.set(counter.take())
+
+
+def _bounds(chunk: Value, tensor: Value, numels: Value, first_chunks: Value) -> tuple[Value, Value]:
     """The first element of a chunk and the one after its last."""
-    begin = (chunk - _int32(first_chunks, tensor, 0)[0]) * CHUNK
-    return begin, min(begin + CHUNK, _int64(numels, tensor, 0)[0])
+    begin = (chunk - Pointer(first_chunks, torch.int32)[tensor]) * CHUNK
+    numel = Pointer(numels, torch.int64)[tensor]
+    return begin, where(begin + CHUNK < numel, begin + CHUNK, numel)
 
 
-# ---- norms -------------------------------------------------------------------------------------
+# ---- norms ---------------------------------------------------------------------------------------
 
 
-@cache
-def _norm_of(dtype: torch.dtype) -> Any:
-    """A function (address, begin, end) -> the norm of those elements."""
-    load = loader(dtype, torch.float64, 1)
-
-    # In an order that LLVM chooses, which makes vectors of it.
-    @njit(error_model="numpy", fastmath={"reassoc"})
-    def sum_of_squares(address, begin, end):
-        squares = 0.0
-        for i in range(begin, end):
-            g = load((address,), i)[0]
-            squares += g * g
-        return squares
-
-    @compiled
-    def norm(address, begin, end):
-        squares = sum_of_squares(address, begin, end)
-        if not (squares < 1e-280 or squares == np.inf):  # which is no question for NaN
-            return math.sqrt(squares)
-        # Of float64 squares may overflow or vanish, so divide by the largest element. The limits
-        # keep 0/0 and inf/inf out and let an infinite element through to the norm.
-        largest = TINY
-        for i in range(begin, end):
-            largest = max(largest, abs(load((address,), i)[0]))
-        largest = min(largest, LARGEST)
-        squares = 0.0
-        for i in range(begin, end):
-            ratio = load((address,), i)[0] / largest
-            squares += ratio * ratio
-        return largest * math.sqrt(squares)
-
-    return norm
+def _norm(elements: Pointer, begin: Value, end: Value, wide: bool) -> Value:
+    """The norm of some elements, which are `wide` if their squares may overflow or vanish."""
+    squares = Variable(begin.constant(0.0))
+    with count(begin, end) as i:
+        g = elements[i].to(DOUBLE)
+        squares.add_in_any_order(g * g)
+    norm = Variable(square_root(squares.get()))
+    if wide:
+        # No relation holds for a NaN, which stays one.
+        with when((squares.get() < SMALL) | (squares.get() == INFINITY)):
+            largest = Variable(begin.constant(TINY))
+            with count(begin, end) as i:
+                g = absolute(elements[i])
+                largest.set(where(g > largest.get(), g, largest.get()))
+            # The limits keep 0/0 and inf/inf out and let an infinite element through to the norm.
+            scale = where(largest.get() > LARGEST, LARGEST, largest.get())
+            ratios = Variable(begin.constant(0.0))
+            with count(begin, end) as i:
+                ratio = elements[i] / scale
+                ratios.set(ratios.get() + ratio * ratio)
+            norm.set(scale * square_root(ratios.get()))
+    return norm.get()
 
 
 @cache
 def norm_loop(grad: torch.dtype) -> Any:
-    """Writes the norm of each of some chunks; 0 where there is no gradient."""
-    norm_of, put = _norm_of(grad), row_storer(1)
+    """Writes the norm of each chunk; 0 where there is no gradient."""
 
-    def norms(grads, numels, first_chunks, owners, partials, first, chunk, stop):
-        for k in range(chunk, stop):
-            tensor = _int32(owners, k, 0)[0]
-            grad = _int64(grads, tensor, 0)[0]
-            norm = 0.0
-            if grad != 0:
-                begin, end = _range(k, tensor, numels, first_chunks)
-                norm = norm_of(grad, begin, end)
-            put(partials, first + k, (norm,))
+    def norms(work: Value) -> None:
+        chunks, grads, numels, first_chunks, owners, partials, first = _numbers(work, 7)
+        with _each_chunk(work, chunks) as chunk:
+            tensor = Pointer(owners, torch.int32)[chunk]
+            address = Pointer(grads, torch.int64)[tensor]
+            out = Pointer(partials, torch.float64)
+            out[first + chunk] = work.constant(0.0)
+            with when(address != 0):
+                begin, end = _bounds(chunk, tensor, numels, first_chunks)
+                norm = _norm(Pointer(address, grad), begin, end, wide=grad == torch.float64)
+                out[first + chunk] = norm
 
-    return shared(norms)
+    return built(norms)
 
 
-# ---- rows --------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def _count(address: Value, dtype: torch.dtype) -> Value:
+    """A count, and 1 where a parameter has none."""
+    count = Variable(address.constant(1.0))
+    with when(address != 0):
+        count.set(Pointer(address, dtype)[0].to(DOUBLE))
+    return count.get()
 
 
 @cache
 def rows_loop(
-    scalars_of: Any, width: int, states: int, counts: int, count: torch.dtype, options: int
+    scalars_of: Any, states: int, counts: int, dtype: torch.dtype, options: int, norm: bool
 ) -> Any:
     """Writes the row of every tensor and advances its counts; see launch.py for the arguments.
 
-    An address is 0 for what is not given.
+    The address of what is not given is 0.
     """
-    rule, fold = device(scalars_of, np.float64), _norm_of(torch.float64)
-    load_addresses = row_loader(torch.int64, torch.int64, counts)
-    load_counts, put_counts = count_loader(count, counts), count_storer(count, counts)
-    load_line = row_loader(torch.float64, torch.float64, OPTIONS.value)
-    load_options = row_loader(torch.float64, torch.float64, options)
-    put, put_scalars = row_storer(ROW_RULE.value), row_storer(width)
-    put_norm = storer(torch.float32, 1)
-    load_skipped, put_skipped = loader(torch.int64, torch.int64, 1), storer(torch.int64, 1)
 
-    def rows(
-        addresses, grads, groups, numbers, out, partials, parts,
-        grad_norm, skipped, tensors,
-    ):  # fmt: skip
-        scale = _float64(numbers, SCALE, 0)[0]
-        skip = _float64(numbers, SKIP, 0)[0] != 0.0
-        if partials != 0:
-            norm = fold(partials, 0, parts) * scale
-            if not abs(norm) < np.inf and _float64(numbers, SKIP_NONFINITE, 0)[0] != 0.0:
-                skip = True
-            max_norm = _float64(numbers, MAX_NORM, 0)[0]
-            if max_norm < np.inf:
-                factor = max_norm / (norm + 1e-6)
-                scale *= 1.0 if factor > 1.0 else factor  # a NaN stays one
-            if grad_norm != 0:
-                put_norm((grad_norm,), 0, (norm,))
-        if skip and skipped != 0:
-            put_skipped((skipped,), 0, (load_skipped((skipped,), 0)[0] + 1,))
-        for tensor in range(tensors):
-            active = not skip and _int64(grads, tensor, 0)[0] != 0
-            line = HEADER + _int32(groups, tensor, 0)[0] * (OPTIONS + options)
-            places = load_addresses(addresses, (1 + states) * tensors + tensor, tensors)
-            gain, scalars, new = rule(
-                load_options(numbers, line + OPTIONS, 1), load_counts(places)
-            )
-            lr, sign, coupled, decoupled, subgradient, prox, shrink = load_line(numbers, line, 1)
-            row = tensor * ROW
-            moves = 1.0 if active else 0.0
-            keep, threshold = 1.0 - lr * decoupled, lr * prox * gain + lr * shrink
-            put(out, row, (moves, sign * scale, lr, subgradient, coupled, keep, threshold))
-            put_scalars(out, row + ROW_RULE, scalars)
-            if active:
-                put_counts(places, new)
+    def rows(work: Value) -> None:
+        (
+            tensors, addresses, grads, groups, numbers, rows, partials, parts, grad_norm, skipped,
+        ) = _numbers(work, 10)  # fmt: skip
+        sent = Pointer(numbers, torch.float64)
+        scale, skip = sent[SCALE.value], sent[SKIP.value] != 0.0
+        first = tensors * 0
+        if norm:
+            total = _norm(Pointer(partials, torch.float64), first, parts, wide=True) * scale
+            nonfinite = (total != total) | (total == INFINITY)  # NaN or inf
+            skip = skip | ((sent[SKIP_NONFINITE.value] != 0.0) & nonfinite)
+            max_norm = sent[MAX_NORM.value]
+            factor = max_norm / (total + 1e-6)
+            factor = where(factor > 1.0, 1.0, factor)  # a NaN stays one
+            scale = where(max_norm < INFINITY, scale * factor, scale)
+            with when(grad_norm != 0):
+                Pointer(grad_norm, torch.float32)[0] = total
+        with when(skip & (skipped != 0)):
+            counter = Pointer(skipped, torch.int64)
+            counter[0] = counter[0] + 1
 
-    return loop(rows)
+        with count(first, tensors) as tensor:
+            active = (skip == 0) & (Pointer(grads, torch.int64)[tensor] != 0)
+            line = Pointer(groups, torch.int32)[tensor] * (OPTIONS.value + options) + HEADER.value
+            slots = Pointer(addresses, torch.int64)
+            places = [slots[tensors * (1 + states + i) + tensor] for i in range(counts)]
+            old = tuple(_count(place, dtype) for place in places)
+            own = tuple(sent[line + OPTIONS.value + i] for i in range(options))
+            gain, scalars, new = device(scalars_of)(own, old)
+
+            lr = sent[line + LR.value]
+            threshold = lr * sent[line + PROX.value] * gain + lr * sent[line + SHRINK.value]
+            row = {
+                ACTIVE: where(active, work.constant(1.0), 0.0),
+                ROW_SCALE: sent[line + SIGN.value] * scale,
+                ROW_LR: lr,
+                ROW_L1: sent[line + SUBGRADIENT.value],
+                ROW_L2: sent[line + COUPLED.value],
+                ROW_DECAY: 1.0 - lr * sent[line + DECOUPLED.value],
+                ROW_THRESHOLD: threshold,
+            }
+            out, start = Pointer(rows, torch.float64), tensor * ROW.value
+            for column, number in row.items():
+                out[start + column.value] = number
+            for i, number in enumerate(scalars):
+                out[start + ROW_RULE.value + i] = number
+            for place, number in zip(places, new, strict=True):
+                with when(active & (place != 0)):
+                    Pointer(place, dtype)[0] = number
+
+    return built(rows)
 
 
-# ---- steps -------------------------------------------------------------------------------------
-
-
-@compiled
-def _leave(x, w, number):
-    """The hook of a penalty that no group has."""
-    return x
+# ---- steps ---------------------------------------------------------------------------------------
 
 
 @cache
@@ -199,57 +215,50 @@ def step_loop(
     grad: torch.dtype,
     state: torch.dtype,
 ) -> Any:
-    """Steps some chunks of the tensors that have a gradient; see launch.py for the arguments."""
-    compute = torch.float64 if param == torch.float64 else torch.float32
-    narrow = NUMPY[compute]
-    rule = device(tile, narrow)
-    subgradient, coupled, decoupled, prox = (hook and device(hook, narrow) for hook in hooks)
-    load_row = row_loader(torch.float64, compute, ROW_RULE.value)
-    load_scalars = row_loader(torch.float64, compute, width)
-    load_addresses = row_loader(torch.int64, torch.int64, states)
-    load_w, put_w = loader(param, compute, 1), storer(param, 1)
-    load_g = loader(grad, torch.float64 if scaled else compute, 1)
-    load_states, put_states = loader(state, compute, states), storer(state, states)
+    """Steps every chunk of the tensors that have a gradient; see launch.py for the arguments."""
+    rule = device(tile)
+    subgradient, coupled, decoupled, prox = (hook and device(hook) for hook in hooks)
+    compute = DOUBLE if param == torch.float64 else FLOAT
 
-    @compiled
-    def elements(param, grad, moments, row, scale, scalars, begin, end):
-        _, sign, lr, l1, l2, keep, threshold = row
-        for i in range(begin, end):
-            w = load_w((param,), i)[0]
-            g = load_g((grad,), i)[0]
-            if scaled:
-                g = narrow(g * scale)  # a float32 factor below 1.2e-38 would be subnormal
-            else:
-                g = g * sign
-            if subgradient is not None:
-                g = subgradient(g, w, l1)
-            if coupled is not None:
-                g = coupled(g, w, l2)
-            if decoupled is not None:
-                w = decoupled(w, keep)
-            direction, gain, moved = rule(g, load_states(moments, i), scalars)
-            w = w - lr * direction
-            if prox is not None:
-                w = prox(w, threshold, gain)
-            if lr != 0:  # lr = 0 must leave every bit, of -0.0 and inf too
-                put_w((param,), i, (w,))
-            put_states(moments, i, moved)
-
-    def step(addresses, grads, numels, first_chunks, owners, rows, tensors, chunk, stop):
-        for k in range(chunk, stop):
-            tensor = _int32(owners, k, 0)[0]
-            row = tensor * ROW
-            if _float64(rows, row + ACTIVE, 0)[0] != 0.0:
-                begin, end = _range(k, tensor, numels, first_chunks)
-                elements(
-                    _int64(addresses, tensor, 0)[0],
-                    _int64(grads, tensor, 0)[0],
-                    load_addresses(addresses, tensors + tensor, tensors),
-                    load_row(rows, row, 1),
-                    _float64(rows, row + ROW_SCALE, 0)[0],
-                    load_scalars(rows, row + ROW_RULE, 1),
-                    begin,
-                    end,
+    def step(work: Value) -> None:
+        chunks, addresses, grads, numels, first_chunks, owners, rows, tensors = _numbers(work, 8)
+        slots = Pointer(addresses, torch.int64)
+        with _each_chunk(work, chunks) as chunk:
+            tensor = Pointer(owners, torch.int32)[chunk]
+            row, start = Pointer(rows, torch.float64), tensor * ROW.value
+            with when(row[start + ACTIVE.value] != 0.0):
+                begin, end = _bounds(chunk, tensor, numels, first_chunks)
+                params = Pointer(slots[tensor], param)
+                gradients = Pointer(Pointer(grads, torch.int64)[tensor], grad)
+                moments = [Pointer(slots[tensors * (i + 1) + tensor], state) for i in range(states)]
+                scale = row[start + ROW_SCALE.value]
+                lr, l1, l2, keep, threshold = (
+                    row[start + column.value].to(compute)
+                    for column in (ROW_LR, ROW_L1, ROW_L2, ROW_DECAY, ROW_THRESHOLD)
                 )
+                scalars = tuple(row[start + ROW_RULE.value + i].to(compute) for i in range(width))
 
-    return shared(step)
+                with count(begin, end) as i:
+                    w, g = params[i].to(compute), gradients[i]
+                    if scaled:
+                        # In float64: a float32 factor below 1.2e-38 would be subnormal.
+                        g = (g.to(DOUBLE) * scale).to(compute)
+                    else:
+                        g = g.to(compute) * scale.to(compute)  # 1, or -1 to maximize
+                    if subgradient is not None:
+                        g = subgradient(g, w, l1)
+                    if coupled is not None:
+                        g = coupled(g, w, l2)
+                    if decoupled is not None:
+                        w = decoupled(w, keep)
+                    old = tuple(moment[i].to(compute) for moment in moments)
+                    direction, gain, new = rule(g, old, scalars)
+                    w = w - lr * direction
+                    if prox is not None:
+                        w = prox(w, threshold, gain)
+                    with when(lr != 0.0):  # lr = 0 must leave every bit, of -0.0 and inf too
+                        params[i] = w
+                    for moment, number in zip(moments, new, strict=True):
+                        moment[i] = number
+
+    return built(step)

@@ -1,54 +1,53 @@
-"""What rules and penalties call, for one element of the host; names as in triton and rules.py."""
+"""What rules and penalties call, on values of the host; names as in triton and rules.py."""
 
 from __future__ import annotations
 
-import math
-from enum import Enum
+from types import SimpleNamespace
 
-from numba import njit
+from fusedreg.kernels.host.values import Operand, Value
 
-__all__ = ["PropagateNan", "divide", "maximum", "power", "reciprocal", "square_root", "where"]
-
-compiled = njit(error_model="numpy")  # x / 0 is inf or NaN, as elsewhere
+PropagateNan = SimpleNamespace(ALL=None)  # a maximum with a NaN is always one here
 
 
-class PropagateNan(Enum):
-    """Whether `maximum` of a NaN is a NaN: here it always is."""
-
-    ALL = 0
-
-
-@compiled
-def where(condition, chosen, otherwise):
-    """`chosen` where `condition`; both are known, so that it becomes a select."""
-    return chosen if condition else otherwise
+def where(condition: Value, chosen: Operand, otherwise: Operand) -> Value:
+    """`chosen` where `condition` holds, else `otherwise`."""
+    of = chosen if isinstance(chosen, Value) else otherwise
+    assert isinstance(of, Value), "one of the two must be a value, which says the type"
+    builder = condition.builder
+    return Value(builder, builder.select(condition.ir, of.like(chosen).ir, of.like(otherwise).ir))
 
 
-@compiled
-def maximum(a, b, propagate_nan):
+def maximum(a: Value, b: Value, propagate_nan: None) -> Value:
     """The larger of two numbers, and a NaN where either is one."""
-    return a if a > b or a != a else b
+    return where((a > b) | (a != a), a, b)  # true of NaN only
 
 
-@compiled
-def divide(a, b):
+def divide(a: Value, b: Operand) -> Value:
     """IEEE division."""
     return a / b
 
 
-@compiled
-def reciprocal(x):
-    """1 / x in the dtype of x."""
-    return type(x)(1) / x
+def reciprocal(x: Value) -> Value:
+    """1 / x."""
+    return 1.0 / x
 
 
-@compiled
-def square_root(x):
+def square_root(x: Value) -> Value:
     """IEEE square root."""
-    return math.sqrt(x)
+    return _intrinsic("sqrt", x)
 
 
-@compiled
-def power(base, exponent):
+def power(base: Value, exponent: Value) -> Value:
     """base ** exponent, by the host's libm."""
-    return base**exponent
+    return _intrinsic("pow", base, exponent)
+
+
+def absolute(x: Value) -> Value:
+    """|x|."""
+    return _intrinsic("fabs", x)
+
+
+def _intrinsic(name: str, *values: Value) -> Value:
+    builder = values[0].builder
+    function = builder.module.declare_intrinsic(f"llvm.{name}", [values[0].ir.type])
+    return Value(builder, builder.call(function, [value.ir for value in values]))

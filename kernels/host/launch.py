@@ -1,4 +1,4 @@
-"""Norms, rows and step on the host: the interface of ../launch.py, run by the threads of torch."""
+"""Norms, rows and step on the host: the interface of ../launch.py, on the threads of torch."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ import torch
 from torch import Tensor
 
 from fusedreg.kernels import penalty
+from fusedreg.kernels import table as tables
 from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
 from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
 from fusedreg.kernels.columns import ROW as ROW_WIDTH
 from fusedreg.kernels.columns import header, line, penalties
 from fusedreg.kernels.host.engine import CHUNK, norm_loop, rows_loop, step_loop
-from fusedreg.kernels.host.memory import STORED
 from fusedreg.kernels.rules import RULES
-from fusedreg.kernels import table as tables
 from fusedreg.kernels.table import Table, constants, send
 
 __all__ = [
-    "HEADER", "ROW", "build", "constants", "header", "line", "norms", "penalties", "rows", "send",
-    "step",
+    "HEADER", "NAME", "ROW", "build", "constants", "header", "line", "norms", "penalties", "rows",
+    "send", "step",
 ]  # fmt: skip
 
+NAME = "llvm"
 HEADER: int = HEADER_WIDTH.value
 ROW: int = ROW_WIDTH.value
 
 build = partial(tables.build, chunk=CHUNK)
-PIECE = 65536
-"""Elements that are worth waking another thread, some 50 microseconds."""
-PIECES = 4
-"""Pieces of a loop for each thread, so that one that is held up leaves work to the others."""
+SHARE = 32768
+"""Elements that are worth another thread."""
 
 
 @cache
@@ -65,12 +63,10 @@ if hasattr(os, "register_at_fork"):
 
 def run(loop: Any, table: Table, *args: int) -> None:
     """Do a loop over all chunks on as many threads as torch uses, this one among them."""
-    chunks, threads = table.chunks, min(torch.get_num_threads(), table.elements // PIECE)
-    threads = max(1, min(threads, chunks))
-    size = -(-chunks // (threads * PIECES))
-    work = array("q", [0, size, chunks, *args])
+    threads = min(torch.get_num_threads(), table.chunks, table.elements // SHARE)
+    work = array("q", [0, table.chunks, *args])  # the first counts those that are taken
     address, _ = work.buffer_info()
-    if threads == 1:
+    if threads <= 1:
         loop(address)
     elif (parallel := _openmp()) is not None:
         parallel(ctypes.cast(loop, ctypes.c_void_p), address, threads, 0)
@@ -116,21 +112,27 @@ def rows(
     skipped: Tensor | None = None,
 ) -> None:
     """Write the row of every tensor and advance its counts; arguments as in ../launch.py."""
-    assert grad_scale is None and found_inf is None, "numbers of the host are in `numbers`"
-    scalars, _, width = RULES[rule]
-    loop = rows_loop(scalars, width, states, counts, count, line - LINE_WIDTH.value)
-    loop(
-        table.addresses.data_ptr(),
-        grads.data_ptr(),
-        table.groups.data_ptr(),
-        numbers.data_ptr(),
-        out.data_ptr(),
-        _address(partials),
-        0 if partials is None else partials.numel(),
-        _address(grad_norm),
-        _address(skipped),
-        table.tensors,
+    assert (grad_scale, found_inf) == (None, None), "the host reads them, so `numbers` has them"
+    scalars, _, _ = RULES[rule]
+    own = line - LINE_WIDTH.value
+    loop = rows_loop(scalars, states, counts, count, own, partials is not None)
+    work = array(
+        "q",
+        [
+            0,
+            table.tensors,
+            table.addresses.data_ptr(),
+            grads.data_ptr(),
+            table.groups.data_ptr(),
+            numbers.data_ptr(),
+            out.data_ptr(),
+            _address(partials),
+            0 if partials is None else partials.numel(),
+            _address(grad_norm),
+            _address(skipped),
+        ],
     )
+    loop(work.buffer_info()[0])
 
 
 def step(

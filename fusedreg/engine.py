@@ -112,6 +112,7 @@ class Plan:
         known = [None if isinstance(value, Tensor) else float(value) for value in header]
         if known != self.header:
             self.header, self.inventory.stale_lines = known, True
+        before = self._skipped_here(skipped)
         for device, memory in self.memory.items():
             with _current(device):
                 grads = self._send_grads(device, memory)
@@ -131,8 +132,9 @@ class Plan:
                     )
                 for bucket in memory.buckets:
                     self._step(bucket, grads, scaled)
-        # As any operation in place does: a backward pass through the old values must fail.
-        torch.autograd.graph.increment_version(list(self.inventory.chosen))
+        if before is None or before == self._skipped_here(skipped):
+            # As any operation in place does: a backward pass through the old values must fail.
+            torch.autograd.graph.increment_version(list(self.inventory.chosen))
         if not self.capturing():
             self.inventory.stale_grads = self.inventory.stale_lines = False
         self.inventory.copies.clear()
@@ -140,6 +142,10 @@ class Plan:
     def _reads(self, value: Number) -> bool:
         """Whether the host reads a number: one that it has, or that only it needs."""
         return not is_remote(value) or all(device.type == "cpu" for device in self.memory)
+
+    def _skipped_here(self, skipped: Tensor | None) -> int | None:
+        """How many steps were skipped, where no device has to be asked."""
+        return None if skipped is None or is_remote(skipped) else int(skipped)
 
     def _send_grads(self, device: torch.device, memory: Memory) -> Tensor:
         """The gradients' addresses on the device; in a graph its own, which nothing else writes."""

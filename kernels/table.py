@@ -35,7 +35,7 @@ def build(
     numels: Sequence[int],
     groups: Sequence[int],
     device: torch.device,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Table:
     """The table of some tensors.
 
@@ -44,8 +44,9 @@ def build(
         numels: elements of every tensor; 0 is fine.
         groups: index of every tensor's param group.
         device: where it shall be.
-        chunk: elements of a chunk.
+        chunk: elements of a chunk, where those of a GPU are not meant.
     """
+    chunk = chunk or CHUNK
     host = torch.device("cpu")  # whatever the default device is
     sizes = torch.tensor(numels, dtype=torch.int64, device=host)
     counts = (sizes + (chunk - 1)).div(chunk, rounding_mode="floor")

@@ -33,7 +33,10 @@ LAYERS = [
     "__main__",
 ]
 # Rules know triton and nothing else; the engine does not know the rules; launch.py joins them.
-KERNEL_LAYERS = ["table", "memory", "rules", "penalty", "norms", "rows", "engine", "launch"]
+KERNEL_LAYERS = {
+    "": ["language", "table", "columns", "memory", "rules", "penalty", "norms", "rows", "engine"],
+    "host": ["values", "language", "build", "engine"],
+}
 
 
 def imported(file: Path) -> set[str]:
@@ -71,22 +74,32 @@ def test_imports_run_downwards(file: Path) -> None:
             assert LAYERS.index(other) < LAYERS.index(layer), f"{layer} imports {name}"
 
 
-def test_kernels_import_torch_and_triton_only() -> None:
-    for file in (ROOT / "kernels").glob("*.py"):
+STANDARD = {"__future__", "array", "collections", "concurrent", "contextlib", "ctypes", "functools"}
+STANDARD |= {"os", "types", "typing"}
+
+
+@pytest.mark.parametrize(("folder", "compiler"), [("", "triton"), ("host", "llvmlite")])
+def test_kernels_import_torch_and_their_compiler_only(folder: str, compiler: str) -> None:
+    for file in (ROOT / "kernels" / folder).glob("*.py"):
         for name in imported(file):
-            known = name.split(".")[0] in {"__future__", "collections", "torch", "triton", "typing"}
+            known = name.split(".")[0] in STANDARD | {"torch", compiler}
             assert known or name.startswith("fusedreg.kernels."), f"{file}: {name}"
 
 
-def test_kernels_import_downwards() -> None:
-    files = {file.stem: file for file in (ROOT / "kernels").glob("*.py")}
-    assert set(files) == {*KERNEL_LAYERS, "__init__"}
-    for stem in KERNEL_LAYERS:
+@pytest.mark.parametrize("folder", KERNEL_LAYERS)
+def test_kernels_import_downwards(folder: str) -> None:
+    files = {file.stem: file for file in (ROOT / "kernels" / folder).glob("*.py")}
+    layers = [*KERNEL_LAYERS[folder], "launch"]
+    assert set(files) == {*layers, "__init__"}
+    package = f"fusedreg.kernels.{folder}." if folder else "fusedreg.kernels."
+    for stem in layers:
         for name in imported(files[stem]):
             if name.startswith("fusedreg.kernels."):
-                other = name.split(".")[2]
-                assert KERNEL_LAYERS.index(other) < KERNEL_LAYERS.index(stem), f"{stem}: {name}"
-                assert stem == "launch" or other not in {"rules", "penalty"}, f"{stem}: {name}"
+                within, _, other = name.rpartition(package)
+                if not within and (other := other.split(".")[0]) in layers:
+                    assert layers.index(other) < layers.index(stem), f"{stem}: {name}"
+                rule = name.split(".")[2] in {"rules", "penalty"}
+                assert stem == "launch" or not rule, f"{stem}: {name}"
 
 
 def test_only_the_backend_knows_the_kernels() -> None:

@@ -74,8 +74,8 @@ def test_own_settings_win_over_the_constructor_but_flags_do_not(
     assert {name: loaded[name] for name in flags} == flags
     for name in saved.keys() - flags.keys() - {"params"}:
         assert loaded[name] == saved[name]
-    # Interpreted kernels and the reference may differ in the last bit; here it is the settings.
-    optimizer.param_groups[0]["fused"] = False
+    # Interpreted kernels and LLVM's may differ in the last bit; here it is the settings.
+    optimizer.param_groups[0]["fused"] = None
     assert_continues(optimizer, resumed)
 
 

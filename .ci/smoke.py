@@ -11,6 +11,29 @@ import torch
 import fusedreg
 import fusedreg.kernels
 
+# A CPU needs no triton for its kernels, and does without llvmlite on the reference path.
+step = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))  # what is None there cannot be imported
+import torch
+import fusedreg
+
+w = torch.nn.Parameter(torch.ones(3))
+w.grad = torch.ones(3)
+optimizer = fusedreg.AdamW([w], l1=0.1)
+optimizer.step()
+print(optimizer.backend, optimizer.launches)
+"""
+for missing, path in (((), "llvm 2"), (("llvmlite",), "reference 0")):
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", step, *missing],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if (ran.returncode, ran.stdout.strip(), ran.stderr) != (0, path, ""):
+        raise SystemExit(f"without {missing}: {ran.stdout}{ran.stderr}, not {path}")
+
 if Path(__file__).parent.parent in Path(fusedreg.__file__).parents[1:2]:
     raise SystemExit(f"this is the repository, not the wheel: {fusedreg.__file__}")
 
@@ -36,8 +59,13 @@ with tempfile.TemporaryDirectory() as folder:
     check = subprocess.run(command, capture_output=True, text=True, check=False)
     if check.returncode != 0:
         raise SystemExit(f"fusedreg check: exit {check.returncode}\n{check.stdout}{check.stderr}")
-    steps = json.loads(found.read_text(encoding="utf-8"))["steps"]
+    record = json.loads(found.read_text(encoding="utf-8"))
+    steps = record["steps"]
     if not steps or any(step["failures"] for step in steps):
         raise SystemExit(f"fusedreg check: {len(steps)} steps\n{check.stdout}")
+    if {step["backend"] for step in steps} != {"reference", "llvm"}:
+        raise SystemExit(f"fusedreg check: not both paths of a CPU\n{check.stdout}")
+    if record["versions"]["llvmlite"] is None:
+        raise SystemExit("fusedreg check: no version of llvmlite")
 
 print(f"fusedreg {fusedreg.__version__} from a wheel, torch {torch.__version__}")

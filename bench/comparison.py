@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from contenders import Contender, Maker, Task, compiled, contenders, make_groups, params_of
+from contenders import (
+    REFERENCE,
+    Contender,
+    Maker,
+    Task,
+    compiled,
+    contenders,
+    make_groups,
+    own,
+    params_of,
+)
 from jobs import Job
 from measure import Key, Machine, Timed, extra_bytes, host_seconds, rounds, spread, time_limit
 from methods import DTYPES, METHODS, moved_numbers, needed_numbers
@@ -15,6 +26,9 @@ from shapes import Groups, count
 from verify import Expected, Start, Verdict, check, expected, max_norm, set_grads, start
 
 Row = dict[str, Any]
+
+READABLE = 2**25
+"""Parameters, of which fusedreg's reference path makes a step in less than a second."""
 
 
 @dataclass
@@ -27,16 +41,26 @@ class Runner:
     extra: int | None = None
 
 
-def participants(job: Job, machine: Machine) -> tuple[dict[str, Maker], dict[str, str]]:
+def participants(
+    job: Job, shapes: Groups, machine: Machine
+) -> tuple[dict[str, Maker], dict[str, str]]:
     """Who takes part in a comparison, and why others do not."""
-    # On a CPU only fused=True asks for the kernels, which are then interpreted.
+    # On a CPU fused=True asks for triton's kernels, which are then interpreted.
     makers, missing = contenders(METHODS[job.method], **({"fused": True} if machine.dry else {}))
     if job.compiled:
         how = compiled(job.compiled, backend="eager" if machine.dry else "inductor")
         return {"fusedreg": makers["fusedreg"], f"torch.compile {job.compiled}": how}, {}
     if job.kind == "parts":
         return {name: makers[name] for name in ("fusedreg", "torch fused", "torch foreach")}, {}
+    if shows_reference(job, shapes, machine):
+        makers[REFERENCE] = partial(own, fused=False)
     return makers, missing
+
+
+def shows_reference(job: Job, shapes: Groups, machine: Machine) -> bool:
+    """Whether the readable path is timed too: on a CPU, for one method, where it is cheap."""
+    first = (job.method, job.dtype, job.clip) == ("AdamW", "float32", True)
+    return first and not machine.on_gpu and count(shapes) <= READABLE
 
 
 def affordable(job: Job, shapes: Groups, machine: Machine) -> int:
@@ -63,7 +87,7 @@ def compare(job: Job, shapes: Groups, makers: dict[str, Maker], machine: Machine
             with time_limit(limit):
                 runners[name] = prepare(make(groups, task), groups, begin, must_be, machine)
         except Exception as error:  # whatever it is, the others shall be timed
-            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            failures[name] = reason(error)
         release(machine)  # when the error, which holds on to its tensors, is gone
     params = params_of(groups)
     timed = {key: one for name in runners for key, one in parts_of(name, runners[name], job)}
@@ -160,6 +184,11 @@ def total(times: dict[Key, list[float]], name: str) -> list[float]:
     """Milliseconds of a whole step in each round."""
     parts = [of for (contender, _), of in times.items() if contender == name]
     return [sum(one) for one in zip(*parts, strict=True)]
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def failed(name: str, why: str) -> Row:

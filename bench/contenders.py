@@ -164,6 +164,10 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
 """Libraries, where their optimizers are, and what they call those of ours. None has proximal L1."""
 
 
+REFERENCE = "fusedreg reference"
+"""fusedreg with fused=False."""
+
+
 def contenders(method: Method, **own_options: Any) -> tuple[dict[str, Maker], dict[str, str]]:
     """Who computes a method, the most important first, and why others do not."""
     found: dict[str, Maker] = {"fusedreg": partial(own, **own_options), **TORCH}

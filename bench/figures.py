@@ -23,6 +23,7 @@ NAMES = {
     "torch fused": COLOURS[0],
     "torch foreach": COLOURS[1],
     "torch for-loop": COLOURS[3],
+    "fusedreg reference": COLOURS[2],
     "optimi": COLOURS[4],
     "bitsandbytes 32 bit": COLOURS[5],
     "torchao 8 bit": COLOURS[8],
@@ -184,7 +185,7 @@ def bytes_per_parameter(report: Report) -> Figure:
     extra = [r for r in extra if (r["model"], r["method"], r["clip"]) == (first, "AdamW", True)]
     figure = new_figure(11 if extra else 8, 5.2, caption(report))
     left, *right = figure.subplots(1, 2 if extra else 1, squeeze=False)[0]
-    who = ("fusedreg (triton)", "torch fused", "torch foreach")
+    who = ("fusedreg kernels", "torch fused", "torch foreach")
     ticks, labels = [], []
     for index, entry in enumerate(entries):
         for offset, name in enumerate(who):

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
-LEAST, MOST = 5, 100
+LEAST, MOST = 6, 100
 """Rounds of a comparison; within them as many as its seconds allow."""
 
 MEMORY_INFO = Path("/proc/meminfo")
@@ -93,24 +94,30 @@ Key = tuple[str, str]
 
 
 def rounds(
-    timed: Mapping[Key, Timed], machine: Machine, before: Callable[[], object]
+    timed: Mapping[Key, Timed],
+    machine: Machine,
+    before: Callable[[], object],
+    least: int = LEAST,
+    most: int = MOST,
 ) -> dict[Key, list[float]]:
-    """Milliseconds of each in every round: A B A B, so that a drift of the machine meets all.
+    """Milliseconds of each in every round: A B, B A, so that a drift of the machine meets all.
 
+    As the order turns, and there is an even number of rounds, none always follows the same other
+    one: a step finds what the one before left in the caches, and threads that still wait for more.
     `before` is called, untimed, before each contender.
     """
     times: dict[Key, list[float]] = {key: [] for key in timed}
-    begin, least = time.monotonic(), 1 if machine.dry else LEAST
-    for done in range(MOST):
+    contenders = [list(parts) for _, parts in groupby(timed, key=lambda key: key[0])]
+    begin = time.monotonic()
+    for done in range(most):
         spent = time.monotonic() - begin
-        if done >= least and (machine.dry or spent > machine.seconds or machine.left() < 0):
+        late = done >= least and (spent > machine.seconds or machine.left() < 0)
+        if (machine.dry and done) or (late and done % 2 == 0):
             break
-        last = None
-        for key, one in timed.items():
-            if key[0] != last:
-                before()
-            last = key[0]
-            times[key].append(timer(one, machine)())
+        for parts in contenders if done % 2 == 0 else reversed(contenders):
+            before()
+            for key in parts:
+                times[key].append(timer(timed[key], machine)())
     return times
 
 

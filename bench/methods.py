@@ -63,10 +63,10 @@ def moved_numbers(method: Method, clip: bool, scaled: bool, implementation: str)
 
     >>> moved_numbers(METHODS["AdamW"], True, True, "torch fused")
     {'unscale': 2, 'clip': 3, 'step': 7}
-    >>> moved_numbers(METHODS["AdamW"], True, True, "fusedreg (triton)")
+    >>> moved_numbers(METHODS["AdamW"], True, True, "fusedreg (llvm)")
     {'step': 8}
     """
-    if implementation == "fusedreg (triton)":
+    if implementation in {"fusedreg kernels", "fusedreg (triton)", "fusedreg (llvm)"}:
         return {"step": needed_numbers(method, clip)}
     if implementation not in {"torch fused", "torch foreach"}:
         return {}

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from report import bandwidth_of, slug
+from report import TARGET_COLUMNS, TARGETS_NOTE, TARGETS_TITLE, bandwidth_of, slug, target_cells
 from run import LATEST
 
 from fusedreg.machine import describe
@@ -39,6 +39,15 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_targets(rows: list[dict[str, Any]]) -> str:
+    """The targets of the path for CPUs; nothing where there are none, as on a GPU."""
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(TARGET_COLUMNS) + " |", "|---" * len(TARGET_COLUMNS) + "|"]
+    lines += ["| " + " | ".join(target_cells(row)) + " |" for row in rows]
+    return f"\n\n**{TARGETS_TITLE}.** {TARGETS_NOTE}\n\n" + "\n".join(lines) + "\n\n"
+
+
 def cell(row: dict[str, Any] | None) -> str:
     """Milliseconds and, where the results are right, the ratio."""
     if row is None:
@@ -48,7 +57,7 @@ def cell(row: dict[str, Any] | None) -> str:
     ms = f"{row['ms']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})"
     if row["ratio"] is None:
         return f"{ms}, results differ"
-    if row["implementation"].startswith("fusedreg"):
+    if row["implementation"].startswith("fusedreg ("):
         return ms
     return f"{ms}, {row['ratio']:.2g} ({row['ratio_p20']:.2g} to {row['ratio_p80']:.2g})"
 
@@ -57,9 +66,10 @@ def results(folder: Path) -> str:
     """What stands between the marks of the page."""
     report = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     where = f"bench/results/{folder.name}/bench.json"
+    targets = table_of_targets(report.get("targets", []))
     return (
         f"From `{where}`: {describe(report)}; commit {report['commit']}, {report['threads']} "
-        f"threads; {bandwidth_of(report)}. Milliseconds of a step, "
+        f"threads; {bandwidth_of(report)}.{targets or ' '}Milliseconds of a step, "
         "median (p20 to p80), then the time over fusedreg's in the same round: below 1 is faster "
         f"than fusedreg.\n\n{table(report)}"
     )

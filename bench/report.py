@@ -49,6 +49,7 @@ def new_report(commit: str | None, bandwidths: dict[str, float]) -> Report:
         "commit": commit or git_commit(),
         **{f"{name.replace(' ', '_')}_gb_per_s": value for name, value in bandwidths.items()},
         "traffic": traffic(),
+        "targets": [],
         "rows": [],
         "launch_constants": [],
         "left_out": [],
@@ -66,7 +67,7 @@ def traffic() -> list[dict[str, Any]]:
             "needed_bytes": size.itemsize * needed_numbers(method, clip=True),
             **{
                 who: {part: size.itemsize * n for part, n in moved.items()}
-                for who in ("fusedreg (triton)", "torch fused", "torch foreach")
+                for who in ("fusedreg kernels", "torch fused", "torch foreach")
                 if (moved := moved_numbers(method, True, scaled, who))
             },
         }
@@ -121,7 +122,7 @@ def as_csv(report: Report) -> str:
 
 
 def as_text(report: Report) -> str:
-    console = Console(file=io.StringIO(), width=150, record=True, color_system=None)
+    console = Console(file=io.StringIO(), width=200, record=True, color_system=None)
 
     def line(text: str = "") -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -132,6 +133,9 @@ def as_text(report: Report) -> str:
         "ratio: time over fusedreg's in the same round; "
         "of bandwidth: needed bytes over time, of the larger of the two bandwidths"
     )
+    if report["targets"]:
+        line()
+        console.print(table_of_targets(report["targets"]))
     for _, rows in groupby(report["rows"], key=lambda row: [row[name] for name in CASE]):
         line()
         console.print(table_of(list(rows)))
@@ -199,6 +203,43 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 def format_cell(value: Any, how: str) -> str:
     return "-" if value is None else format(value, how)
+
+
+TARGETS_TITLE = "Targets of the path for CPUs, float32"
+TARGETS_NOTE = (
+    "Milliseconds of the first and the second arm, medians; the ratio is that of the pairs, median "
+    "(p20 to p80). Clipped: torch by clip_grad_norm_ before its step. First step: seconds more."
+)
+TARGET_COLUMNS = ("what", "shapes", "arms", "ms", "ratio", "pairs", "target", "")
+
+
+def table_of_targets(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=TARGETS_TITLE, caption=TARGETS_NOTE, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.title_justify, table.title_style = "left", "bold"
+    table.caption_justify = "left"
+    for heading in TARGET_COLUMNS:
+        table.add_column(heading, no_wrap=bool(heading))
+    for row in rows:
+        table.add_row(*target_cells(row))
+    return table
+
+
+def target_cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table of targets, here and on the page.
+
+    >>> row = {"what": "AdamW", "model": "tiny", "arms": ["torch", "fusedreg"], "unit": "",
+    ...     "ms": [3.0, 2.0], "value": 1.5, "p20": 1.25, "p80": 1.75, "rounds": 6,
+    ...     "target": "at least 2", "met": False, "verdict": "missed"}
+    >>> target_cells(row)[2:]
+    ['torch / fusedreg', '3 / 2', '1.5 (1.25 to 1.75)', '6', 'at least 2', 'missed']
+    """
+    sign = " - " if row["unit"] else " / "
+    found = ["-"] * 3
+    if row["value"] is not None:
+        ratio = f"{row['value']:.3g}{row['unit']} ({row['p20']:.3g} to {row['p80']:.3g})"
+        found = [sign.join(f"{ms:.3g}" for ms in row["ms"]), ratio, str(row["rounds"])]
+    arms = sign.join(row["arms"])
+    return [row["what"], row["model"], arms, *found, row["target"], row["verdict"]]
 
 
 def table_of_constants(rows: list[dict[str, Any]]) -> Table:

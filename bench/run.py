@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,12 @@ from report import Report, as_text, new_report, write
 from rich.console import Console
 from rich.progress import Progress
 from shapes import Groups, count
+from targets import measure_targets
 
 LATEST = Path(__file__).parent / "results/latest"
+
+FOR_TARGETS = 0.75
+"""Of the time, at most: they come first."""
 
 
 def arguments() -> argparse.Namespace:
@@ -24,11 +29,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path, nargs="?", default=LATEST, help="folder of the results")
     parser.add_argument("--budget", type=float, default=240, help="seconds (default: 240)")
     parser.add_argument("--quick", action="store_true", help="the first comparisons only")
+    parser.add_argument("--targets", action="store_true", help="those of the path for CPUs only")
     parser.add_argument("--base", metavar="REF", help="this tree beside another commit, instead")
     parser.add_argument("--sweep", action="store_true", help="other launch constants instead (GPU)")
     parser.add_argument("--commit", help="what to call the version that is timed")
     parser.add_argument("--dry-run", action="store_true", help="tiny and interpreted, for tests")
     return parser.parse_args()
+
+
+def with_share(machine: Machine, share: float) -> Machine:
+    """Only so much of the time that is left; a pair of arms takes half a comparison's."""
+    left = share * machine.left()
+    return replace(machine, deadline=time.monotonic() + left, seconds=machine.seconds / 2)
 
 
 def run_jobs(todo: list[Job], report: Report, machine: Machine, out: Path) -> None:
@@ -53,7 +65,7 @@ def run_jobs(todo: list[Job], report: Report, machine: Machine, out: Path) -> No
 
 def run_job(job: Job, shapes: Groups, report: Report, machine: Machine) -> float:
     """Add the rows of one comparison; the seconds that its rounds took, 0 if it was left out."""
-    makers, missing = participants(job, machine)
+    makers, missing = participants(job, shapes, machine)
     report["not_installed"] |= missing
     release(machine)
     able = affordable(job, shapes, machine)
@@ -72,6 +84,8 @@ def main() -> None:
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     gpu = torch.cuda.is_available() and not options.dry_run
+    if options.targets and gpu:
+        raise SystemExit("--targets are those of the path for CPUs")
     if options.sweep and not (gpu or options.dry_run):
         raise SystemExit("--sweep needs a CUDA GPU")
     machine = Machine(
@@ -96,7 +110,13 @@ def main() -> None:
 
         report["launch_constants"] = sweep(machine)
     else:
-        run_jobs(jobs(machine.dry, options.quick, gpu), report, machine, out)
+        if not gpu:  # the targets are those of the path for CPUs, and nobody has set others
+            report["targets"] = measure_targets(
+                with_share(machine, 1 if options.targets else FOR_TARGETS)
+            )
+            write(report, out)
+        todo = [] if options.targets else jobs(machine.dry, options.quick, gpu)
+        run_jobs(todo, report, machine, out)
     write(report, out)
     print(as_text(report), end="")
     if report["rows"]:

@@ -88,8 +88,19 @@ SMALL: dict[str, Groups] = {
     "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
     "1 M in 500 tensors": even(2**20, 500),
 }
+OF_TARGETS: dict[str, Groups] = {
+    "GPT-2 124M": [GPT2],
+    "144 tensors of 264000": even(144 * 264000, 144),
+    "3000 tensors of 3500": even(3000 * 3500, 3000),
+    "10 tensors of 1000": even(10 * 1000, 10),
+}
 TINY: dict[str, Groups] = {
     "tiny": [[(40, 30), (3,)]],
     "tiny in 2 groups": [[(40, 30)], [(3,)]],
 }
 TINY_SWEEP: dict[str, Groups] = {"300 in 2 tensors": even(300, 2), "600 in 2 tensors": even(600, 2)}
+
+
+def of_targets(dry: bool) -> dict[str, Groups]:
+    """Models that are large, one of many tensors, and a small one, of which a step is overhead."""
+    return {**TINY, **TINY_SWEEP} if dry else OF_TARGETS

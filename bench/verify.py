@@ -8,13 +8,13 @@ float64 over all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from contenders import Contender, ParamGroups, Task, params_of
 from methods import CLIP_SHARE, SCALE
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusedreg
 
@@ -46,20 +46,22 @@ class Start:
     grads: list[Tensor]
     scale: float
     stride: int
+    norms: dict[int, float] = field(default_factory=dict)
+    """Of the gradients of steps, once they were needed."""
 
     def sample(self, tensors: list[Tensor]) -> list[Tensor]:
         """Elements at equal distances of each tensor, the last one among them, as float64."""
         k = self.stride
         return [t.detach().flatten()[(t.numel() - 1) % k :: k].double() for t in tensors]
 
-    def grads_of_step(self, step: int) -> list[Tensor]:
-        """Those of the first step are those that are timed."""
+    def set_grads_of_step(self, step: int, params: list[nn.Parameter]) -> None:
+        """In place, as memory is slow to get; those of the first step are those that are timed."""
+        set_grads(params, self.grads)
         of_grad, of_param = MIXTURES[step]
-        if not of_param:
-            return self.grads
-        grads = list(torch._foreach_mul(self.grads, of_grad))
-        torch._foreach_add_(grads, self.params, alpha=of_param * self.scale)
-        return grads
+        if of_param:
+            grads = [param.grad for param in params]
+            torch._foreach_mul_(grads, of_grad)
+            torch._foreach_add_(grads, self.params, alpha=of_param * self.scale)
 
 
 @dataclass
@@ -132,17 +134,20 @@ def expected(begin: Start, groups: ParamGroups, task: Task) -> Expected:
     coupled = method.kwargs.get("weight_decay", 0.0) if method.cls == "Adam" else 0.0
     first = torch.cat(params).detach().abs()
     largest, reach = torch.zeros_like(first), torch.zeros_like(first)
+    grads = [param.grad for param in params_of(groups)]
     for step in range(STEPS):
-        grads = begin.grads_of_step(step)
+        begin.set_grads_of_step(step, params_of(groups))
         factor = 1 / begin.scale
         if task.max_norm is not None:
-            factor *= min(1.0, task.max_norm / (norm(grads) / begin.scale + 1e-6))
+            begin.norms[step] = begin.norms.get(step) or norm(grads)
+            factor *= min(1.0, task.max_norm / (begin.norms[step] / begin.scale + 1e-6))
         for param, grad in zip(params, begin.sample(grads), strict=True):
             param.grad = grad * factor
         sizes = [param.grad.abs() + coupled * param.detach().abs() for param in params]
         largest = torch.maximum(largest, torch.cat(sizes))
         optimizer.step()
         reach += largest * unit_step(optimizer, method.cls, params, step + 1)
+    set_grads(params_of(groups), begin.grads)
     lr = torch.cat([torch.full_like(w, r) for w, r in zip(params, rates, strict=True)]).detach()
     reach *= lr
     clip = task.max_norm is not None
@@ -190,7 +195,7 @@ def check(contender: Contender, groups: ParamGroups, begin: Start, must_be: Expe
     with torch.no_grad():
         torch._foreach_copy_(params, begin.params)
     for step in range(STEPS):
-        set_grads(params, begin.grads_of_step(step))
+        begin.set_grads_of_step(step, params)
         contender.step()
     set_grads(params, begin.grads)
     error = (torch.cat(begin.sample(params)) - must_be.values).abs()
@@ -198,6 +203,6 @@ def check(contender: Contender, groups: ParamGroups, begin: Start, must_be: Expe
     return Verdict(float(error[worst]), float(must_be.bound[worst]))
 
 
-def set_grads(params: list[torch.nn.Parameter], grads: list[Tensor]) -> None:
+def set_grads(params: list[nn.Parameter], grads: list[Tensor]) -> None:
     """In place, before every step that is compared: clip_grad_norm_ rewrites them."""
     torch._foreach_copy_([param.grad for param in params], grads)

@@ -1,7 +1,7 @@
-"""Which path runs a parameter, Triton or the reference; the only importer of `fusedreg.kernels`.
+"""Which path runs a parameter: triton's kernels, LLVM's, or the reference.
 
-Nothing is imported before a parameter on a GPU is stepped, so a machine without triton pays and
-needs nothing.
+This is the only importer of `fusedreg.kernels`. Nothing of them is imported before a parameter is
+stepped by them, so a machine without triton pays and needs nothing.
 """
 
 from __future__ import annotations
@@ -66,12 +66,23 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def host_problem() -> str | None:
+    """Why llvmlite cannot compile the kernels of a CPU, None where it can."""
+    try:
+        llvmlite = importlib.import_module("llvmlite")
+        binding = importlib.import_module("llvmlite.binding")
+        importlib.import_module("llvmlite.ir")
+    except Exception as error:  # whatever a broken llvmlite raises
+        return f"llvmlite cannot be imported ({type(error).__name__}: {error})"
+    if not hasattr(binding, "create_pass_builder"):  # since 0.44
+        return f"llvmlite {getattr(llvmlite, '__version__', 'of no version')} is too old"
+    return None
+
+
 @cache
 def host_kernels() -> ModuleType | None:
-    """`fusedreg.kernels.host.launch`, or None where llvmlite cannot be imported."""
-    try:
-        importlib.import_module("llvmlite.binding")
-    except Exception:  # whatever a broken llvmlite raises
+    """`fusedreg.kernels.host.launch`, or None where llvmlite cannot be used."""
+    if host_problem() is not None:
         return None
     return importlib.import_module("fusedreg.kernels.host.launch")
 

@@ -132,7 +132,7 @@ class Plan:
                     )
                 for bucket in memory.buckets:
                     self._step(bucket, grads, scaled)
-        if before is None or before == self._skipped_here(skipped):
+        if skip is not True and before == self._skipped_here(skipped):
             # As any operation in place does: a backward pass through the old values must fail.
             torch.autograd.graph.increment_version(list(self.inventory.chosen))
         if not self.capturing():

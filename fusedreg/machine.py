@@ -37,11 +37,15 @@ def facts() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of Python, torch, fusedreg and other packages, None for one that is not installed."""
+    """Of Python, torch, fusedreg and other packages, None for one that is not installed.
+
+    llvmlite is always among them, since it compiles what steps on a CPU.
+    """
     own: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fusedreg": fusedreg.__version__,
+        "llvmlite": _version("llvmlite"),
     }
     return own | {package: _version(package) for package in packages}
 

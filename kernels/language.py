@@ -1,7 +1,7 @@
 """triton and its language, for device code that is also read where triton is not installed.
 
-Rules, penalties and columns are compiled by triton for a GPU and by numba for the host, see
-host/translate.py. The host needs only their Python functions.
+Rules and penalties are compiled by triton for a GPU and by LLVM for the host, see host/build.py,
+which needs only their Python functions.
 """
 
 from __future__ import annotations

@@ -56,6 +56,8 @@ def test_every_implementation_is_timed_and_right(report: dict[str, Any]) -> None
     first = [row for row in report["rows"] if row["kind"] == "model"]
     names = {"fusedreg (triton)", "torch fused", "torch foreach", "torch for-loop"}
     assert names <= {row["implementation"] for row in first}
+    paths = {row["backend"] for row in first if row["implementation"] == "fusedreg reference"}
+    assert paths == {"reference"}
     for row in report["rows"]:
         assert row["matches"], row
         assert 0 < row["p20"] <= row["ms"] <= row["p80"]
@@ -124,7 +126,11 @@ def test_without_time_everything_is_left_out(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["rows"] == []
     assert "tiny, AdamW, float32, clipped: time" in report["left_out"]
-    assert "Left out:" in (tmp_path / "bench.txt").read_text()
+    text = (tmp_path / "bench.txt").read_text()
+    assert "Left out:" in text
+    assert {row["verdict"] for row in report["targets"]} == {"not measured: time"}
+    assert text.count("not measured: time") == len(report["targets"]) > 0
+    assert not any(row["met"] for row in report["targets"])
 
 
 def test_sweep_times_other_launch_constants(tmp_path: Path) -> None:
@@ -135,6 +141,91 @@ def test_sweep_times_other_launch_constants(tmp_path: Path) -> None:
         (1024, True, ""),
     ]
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_targets_are_those_that_were_set(bench: Any) -> None:
+    """Clipped: 1.3 and 5 times faster; unclipped 5 % slower at most; overhead no larger."""
+    found = {}
+    for target in bench("targets").targets(dry=False):
+        case = target.model, str(target), target.over.who, target.under.who
+        assert case not in found
+        found[case] = target.wanted
+    rules = ("AdamW", "Adam + L2", "SGD momentum")
+    wanted = {}
+    for model in ("GPT-2 124M", "144 tensors of 264000"):
+        for rule in rules:
+            wanted[model, f"{rule}, clipped", "torch fused", "fusedreg"] = "at least 1.3"
+            wanted[model, f"{rule}, clipped", "torch default", "fusedreg"] = "at least 5"
+            wanted[model, rule, "fusedreg", "torch fused"] = "at most 1.05"
+        wanted[model, "AdamW + L1, clipped", "fusedreg", "fusedreg"] = "at most 1.25"
+    many, small = "3000 tensors of 3500", "10 tensors of 1000"
+    wanted[many, "AdamW, clipped", "torch fused", "fusedreg"] = "at least 1.3"
+    for rule in rules:
+        wanted[small, rule, "fusedreg", "torch fused"] = "at most 1"
+        wanted[small, f"{rule}, clipped", "fusedreg", "torch fused"] = "at most 1"
+    wanted[small, "AdamW, clipped: first step", "fusedreg", "fusedreg reference"] = "at most 1 s"
+    assert found == wanted
+
+
+def test_every_target_is_measured_and_shown(
+    folder: Path, report: dict[str, Any], bench: Any
+) -> None:
+    asked = bench("targets").targets(dry=True)
+    assert [row["what"] for row in report["targets"]] == [str(target) for target in asked]
+    text, page = (folder / "bench.txt").read_text(), bench("page").results(folder)
+    for row, target in zip(report["targets"], asked, strict=True):
+        # Of the one pair of a dry run.
+        over, under = row["ms"]
+        value = 1e-3 * (over - under) if target.first_step else over / under
+        assert row["value"] == pytest.approx(value, rel=1e-12)
+        assert row["verdict"] == ("met" if row["met"] else "missed")
+        assert row["met"] == (value >= target.limit if target.at_least else value <= target.limit)
+        assert sum("fusedreg (llvm)" in arm for arm in row["arms"]) == 1 + ("L1" in row["what"])
+        cells = bench("report").target_cells(row)
+        assert f"| {' | '.join(cells)} |" in page
+        assert re.search(r"\s+".join(map(re.escape, cells)), text)
+
+
+@pytest.mark.parametrize(
+    ("at_least", "limit", "verdict"),
+    [(True, 2, "met"), (True, 2.1, "missed"), (False, 2, "met"), (False, 1.9, "missed")],
+)
+def test_a_target_is_met_by_the_median_of_the_pairs(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, at_least: bool, limit: float, verdict: str
+) -> None:
+    module = bench("targets")
+    times = [[4.0, 2.0, 9.0], [2.0, 2.0, 1.0]]
+    monkeypatch.setattr(module, "steps", lambda *_: (["a", "b"], times))
+    arm = module.Arm("fusedreg", "AdamW")
+    target = module.Target("tiny", arm, arm, limit, at_least=at_least)
+    row = module.measured(target, lambda: None, machine_of(bench))
+    assert (row["value"], row["rounds"], row["verdict"]) == (2, 3, verdict)
+
+
+def test_a_target_is_missed_where_results_differ(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = bench("targets")
+    wrong = unclipped(bench("contenders"), None)
+    monkeypatch.setitem(module.MAKERS, "torch fused", wrong)
+    setting = module.Setting(bench("shapes").TINY["tiny"], machine_of(bench))
+    arms = module.Arm("torch fused", "AdamW"), module.Arm("fusedreg", "AdamW")
+    row = module.measured(module.Target("tiny", *arms, 0.0, True), lambda: setting, setting.machine)
+    assert row["verdict"].startswith("missed: ArithmeticError: torch fused: results differ: by ")
+    assert "value" not in row
+
+
+def test_no_arm_always_follows_the_other(bench: Any) -> None:
+    measure = bench("measure")
+    called: list[str] = []
+    timed = {
+        (name, part): measure.Timed(lambda text=f"{name}{part}": called.append(text))
+        for name, part in (("A", "1"), ("A", "2"), ("B", "1"))
+    }
+    before = lambda: called.append("-")  # noqa: E731
+    times = measure.rounds(timed, machine_of(bench), before, least=3)
+    assert {len(of) for of in times.values()} == {4}  # even, so that each is first as often
+    assert " ".join(called) == " ".join(["- A1 A2 - B1", "- B1 - A1 A2"] * 2)
 
 
 def softshrink(contenders: ModuleType, method: Any) -> Any:
@@ -208,7 +299,7 @@ def test_one_that_fails_does_not_stop_the_others(bench: Any) -> None:
     rows = by_name(bench, comparison, bench("jobs").Job("model", "tiny"), makers)
     assert rows["other"]["verdict"] == "OSError: no such card"
     assert "ms" not in rows["other"]
-    assert rows["fusedreg (reference)"]["ratio"] == 1
+    assert rows["fusedreg (llvm)"]["ratio"] == 1
 
 
 def test_a_compiler_that_takes_too_long_is_interrupted(bench: Any) -> None:
@@ -223,8 +314,13 @@ def test_a_compiler_that_takes_too_long_is_interrupted(bench: Any) -> None:
         compile_()
 
 
+def machine_of(bench: Any) -> Any:
+    """A CPU on which no time is left, so that the least is done."""
+    return bench("measure").Machine(torch.device("cpu"), 0.0, 0.0, bandwidth=1e9)
+
+
 def by_name(bench: Any, comparison: ModuleType, job: Any, makers: Any) -> dict[str, Any]:
-    machine = bench("measure").Machine(torch.device("cpu"), 0.0, 0.0, bandwidth=1e9)
+    machine = machine_of(bench)
     shapes = bench("shapes").TINY[job.model]
     return {row["implementation"]: row for row in comparison.compare(job, shapes, makers, machine)}
 

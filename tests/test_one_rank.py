@@ -178,7 +178,7 @@ def test_refused_group_leaves_no_trace() -> None:
     assert optimizer.grad_norm == pytest.approx(math.sqrt(2))
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.0}, {"skip_nonfinite": True}])
+@pytest.mark.parametrize("options", [{"lr": 0.0, "fused": False}, {"skip_nonfinite": True}])
 @pytest.mark.usefixtures("world_of_one")
 def test_backward_works_after_a_step_of_a_dtensor_that_changed_nothing(options: Any) -> None:
     devices = init_device_mesh("cpu", (1,))

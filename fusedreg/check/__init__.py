@@ -33,8 +33,8 @@ def run(
 ) -> int:
     """Examine, step, write JSON, and print.
 
-    What is broken stops what it concerns: of torch everything, all else the kernels on a GPU. The
-    other steps are taken and shown.
+    What is broken stops what it concerns: of torch everything, of llvmlite the kernels of a CPU, all
+    else the kernels of a GPU. The other steps are taken and shown.
 
     Args:
         checked: devices that are there.
@@ -53,7 +53,7 @@ def run(
         style = "red" if finding.broken else ""
         console.print(str(finding), style=style, highlight=False, markup=False)
     broken = [finding.name for finding in findings if finding.broken]
-    taken = [] if "torch" in broken else places(checked, gpu_kernels=not broken)
+    taken = [] if "torch" in broken else places(checked, broken)
     rows = steps(taken, cases, dtypes, console)
     seconds = perf_counter() - start
     status, verdict = report.verdict(rows, broken, seconds)
@@ -65,18 +65,26 @@ def run(
     return status
 
 
-def places(checked: Sequence[torch.device], gpu_kernels: bool = True) -> list[Place]:
-    """The reference path on every device, and the kernels where they run."""
+def places(checked: Sequence[torch.device], broken: Sequence[str] = ()) -> list[Place]:
+    """The reference path on every device, and the kernels where they run.
+
+    `broken` names the findings that keep kernels from running.
+    """
     found = []
     for device in checked:
         found.append(Place(device, "reference"))
-        if (gpu_kernels or device.type != "cuda") and _has_kernels(device):
+        on_cpu = device.type == "cpu"
+        if on_cpu and "llvm" not in broken and backend.host_problem() is None:
+            found.append(Place(device, "llvm"))
+        if (on_cpu or set(broken) <= {"llvm"}) and _has_triton(device):
             found.append(Place(device, "triton"))
     return found
 
 
-def _has_kernels(device: torch.device) -> bool:
-    """Whether kernels run there; where they are missing, `installation` has said so."""
+def _has_triton(device: torch.device) -> bool:
+    """Whether triton's kernels run there; where they are missing, `installation` has said so."""
+    if device.type == "cpu" and not backend.interpreted():
+        return False
     try:
         return backend.problem() is None and backend.device_kernels(device, fused=True) is not None
     except Exception:  # as many as a broken triton raises
@@ -89,15 +97,26 @@ def steps(
     dtypes: Sequence[torch.dtype],
     console: Console,
 ) -> list[Row]:
-    """Take every step, with a progress bar."""
+    """Take every step, with a progress bar.
+
+    The host's kernels step one case more, on as many threads as torch has.
+    """
     if not places:
         return []
-    shown = track(cases, "cases", console=console, transient=True)
-    with one_thread():
+
+    def measured(case: Case, at: Sequence[Place], shapes: accuracy.Shapes) -> list[Row]:
         return [
             accuracy.measure(problem, place)
-            for case in shown
-            for problem in accuracy.problems([case], dtypes)
-            for place in places
-            if place.takes(problem.dtype)
+            for problem in accuracy.problems([case], dtypes, shapes)
+            for place in at
+            if place.takes(problem)
         ]
+
+    shown = track(cases, "cases", console=console, transient=True)
+    with one_thread():
+        rows = [row for case in shown for row in measured(case, places, accuracy.SHAPES)]
+    on_threads = [place for place in places if place.path == "llvm"]
+    if on_threads:
+        for case in cases[-1:]:
+            rows += measured(case, on_threads, accuracy.LARGE)
+    return rows

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from fusedreg.cases import Case
+from fusedreg.cases import DTYPES, PENALTIES, Case
 from fusedreg.check.oracle import ATTRIBUTES, Slot, clip, one_step
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.scalars import wide_dtype
@@ -25,7 +25,10 @@ from fusedreg.scalars import wide_dtype
 CPU = torch.device("cpu")
 
 SHAPES = [(0,), (5, 3), (), (1,), (3, 0, 2), (1023,), (8193,), (0,)]
-"""Odd sizes, 0-dim, empty ones around, and one more than a chunk (8192) of the kernels."""
+"""Odd sizes, 0-dim, empty ones around, and one more than a chunk (8192) of triton's kernels."""
+
+LARGE = [(0,), (131073,), (65537,), (1,), (0,)]
+"""One more than two chunks (65536) of the host's kernels, and than one: work for two threads."""
 
 SMALLEST = 1 / 8
 """Weights and gradients lie between this and 1 in size, or, with this probability, are 0.
@@ -58,7 +61,7 @@ A threshold is about 0.01 at least, and float32 moves a weight of 1 by 1e-7 a ro
 
 
 class Place(NamedTuple):
-    """Where a step runs, and by which path: "reference" or "triton"."""
+    """Where a step runs, and by which path: "reference", "llvm" or "triton"."""
 
     device: torch.device
     path: str
@@ -68,11 +71,17 @@ class Place(NamedTuple):
         """What the constructor is asked for, a name in `fusedreg.cases.PATHS`."""
         if self.path == "reference":
             return "reference"
-        # On a GPU nobody has to ask for the kernels.
-        return "fused" if self.device.type == "cpu" else "default"
+        # Nobody has to ask for a device's own kernels.
+        return "fused" if (self.path, self.device.type) == ("triton", "cpu") else "default"
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether a step in `dtype` can be right there."""
+    def takes(self, problem: Problem) -> bool:
+        """Whether the step can be right there, and is worth its time."""
+        dtype = problem.dtype
+        if self.path == "llvm":
+            # Compiling takes most of the time, and clipping another kernel. So every other penalty
+            # meets it, in the other dtypes the others.
+            number = list(PENALTIES).index(problem.case.penalty) + DTYPES.index(dtype)
+            return (problem.max_norm is not None) == bool(number % 2)
         if self.path == "triton" and self.device.type == "cpu":
             return dtype != torch.bfloat16  # triton's interpreter truncates to it
         return dtype != torch.float64 or wide_dtype(self.device) == torch.float64
@@ -81,6 +90,8 @@ class Place(NamedTuple):
 class Inputs(NamedTuple):
     """What a step starts from, in float64; `counts` are the 0-dim states."""
 
+    names: list[str]
+    """Of the states that the case keeps, the ones of a first step too."""
     steps: int
     """Taken before."""
     weights: list[Tensor]
@@ -135,6 +146,8 @@ class Row(NamedTuple):
     failures: tuple[str, ...] = ()
     first: bool = False
     """Whether there was no step before."""
+    weights: int = 0
+    """How many were stepped."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -145,10 +158,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 # ---- what is stepped -----------------------------------------------------------------------------
 
 
-def problems(cases: Iterable[Case], dtypes: Sequence[torch.dtype]) -> Iterator[Problem]:
+Shapes = Sequence[tuple[int, ...]]
+
+
+def problems(
+    cases: Iterable[Case], dtypes: Sequence[torch.dtype], shapes: Shapes = SHAPES
+) -> Iterator[Problem]:
     """The steps of each case in each dtype, without and with clipping."""
     for case in cases:
-        for exact in (inputs_of(case, steps) for steps in STEPS_BEFORE):
+        for exact in (inputs_of(case, steps, shapes) for steps in STEPS_BEFORE):
             for dtype in dtypes:
                 inputs = exact.rounded(dtype)
                 norm = math.sqrt(sum(float(grad.square().sum()) for grad in inputs.grads))
@@ -156,12 +174,12 @@ def problems(cases: Iterable[Case], dtypes: Sequence[torch.dtype]) -> Iterator[P
                     yield problem(case, dtype, None if share is None else share * norm, inputs)
 
 
-def inputs_of(case: Case, steps: int) -> Inputs:
+def inputs_of(case: Case, steps: int, shapes: Shapes = SHAPES) -> Inputs:
     """Random weights and gradients, and the state that some steps have left."""
-    slots = [Slot(weight) for weight in values(0)]
+    slots = [Slot(weight) for weight in values(0, shapes)]
     for step in range(steps):
-        _step(case, slots, values(1 + step), max_norm=None)
-    weights, grads = values(-1), values(-2)
+        _step(case, slots, values(1 + step, shapes), max_norm=None)
+    weights, grads = values(-1, shapes), values(-2, shapes)
     if not steps:
         # The first moments are the gradient's own size: where a penalty cancelled it, the direction
         # would be a rounding's. The third step meets such gradients.
@@ -170,11 +188,12 @@ def inputs_of(case: Case, steps: int) -> Inputs:
             torch.where(w == 0, g, sign * g.abs() * w.sign())
             for w, g in zip(weights, grads, strict=True)
         ]
+    moment_names, count_names = state_names(case)
     moments, counts = (
         [{name: _state(slot, name) for name in names if steps} for slot in slots]
-        for names in state_names(case)
+        for names in (moment_names, count_names)
     )
-    return Inputs(steps, weights, grads, moments, counts)
+    return Inputs([*moment_names, *count_names], steps, weights, grads, moments, counts)
 
 
 def state_names(case: Case) -> tuple[list[str], list[str]]:
@@ -194,20 +213,21 @@ def state_names(case: Case) -> tuple[list[str], list[str]]:
     return moments, counts
 
 
-def rates(case: Case) -> list[float]:
+def rates(case: Case, count: int) -> list[float]:
     """The learning rate of each parameter: every other one is in a second group."""
     lr = case.kwargs["lr"]
-    return [lr / (1 + i % 2) for i in range(len(SHAPES))]
+    return [lr / (1 + i % 2) for i in range(count)]
 
 
 def groups(case: Case, params: Sequence[Tensor]) -> list[dict[str, Any]]:
     """The two groups, as an optimizer takes them."""
-    first, second, *_ = rates(case)
+    first, second = rates(case, 2)
     return [{"params": params[::2], "lr": first}, {"params": params[1::2], "lr": second}]
 
 
 def _step(case: Case, slots: list[Slot], grads: list[Tensor], max_norm: float | None) -> None:
-    for slot, grad, lr in zip(slots, clip(grads, max_norm), rates(case), strict=True):
+    lrs = rates(case, len(slots))
+    for slot, grad, lr in zip(slots, clip(grads, max_norm), lrs, strict=True):
         one_step(slot, grad, case.cls.__name__, **{**case.kwargs, "lr": lr})
 
 
@@ -215,7 +235,7 @@ def _state(slot: Slot, name: str) -> Tensor:
     return torch.as_tensor(getattr(slot, ATTRIBUTES[name]), dtype=torch.float64)
 
 
-def values(seed: int) -> list[Tensor]:
+def values(seed: int, shapes: Shapes = SHAPES) -> list[Tensor]:
     """Random numbers of either sign, some of them 0."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -224,7 +244,7 @@ def values(seed: int) -> list[Tensor]:
         size = SMALLEST + (1 - SMALLEST) * size
         return torch.where(kept < SMALLEST, 0.0, torch.where(sign < 0.5, -size, size))
 
-    return [draw(shape) for shape in SHAPES]
+    return [draw(shape) for shape in shapes]
 
 
 def problem(case: Case, dtype: torch.dtype, max_norm: float | None, inputs: Inputs) -> Problem:
@@ -257,9 +277,8 @@ def by_oracle(
             setattr(slot, ATTRIBUTES[name], value.item())
         slots.append(slot)
     _step(case, slots, inputs.grads, max_norm)
-    moment_names, count_names = state_names(case)
-    names = [*moment_names, *count_names]
-    return [s.w for s in slots], [{name: _state(s, name) for name in names} for s in slots]
+    states = [{name: _state(slot, name) for name in inputs.names} for slot in slots]
+    return [slot.w for slot in slots], states
 
 
 # ---- a step of any optimizer ---------------------------------------------------------------------
@@ -313,6 +332,7 @@ def measure(problem: Problem, place: Place) -> Row:
         device=str(place.device),
         path=place.path,
         first=problem.inputs.steps == 0,
+        weights=sum(weight.numel() for weight in problem.weights),
     )
     try:
         row = _measure_ours(problem, place, row)
@@ -339,7 +359,7 @@ def _measure_ours(problem: Problem, place: Place, row: Row) -> Row:
         f"backend is {optimizer.backend}": optimizer.backend != place.path,
         # `backend` says what shall run; the launches are what did: norm, rows and step.
         f"{optimizer.launches} launches": optimizer.launches
-        != (2 + row.clip if place.path == "triton" else 0),
+        != (0 if place.path == "reference" else 2 + row.clip),
         ".grad was written": any(p.grad is not g for p, g in zip(params, grads, strict=True))
         or not all(map(torch.equal, before, _bits(grads))),
         f"error {ulp:.3g} ulp, bound {bound:.3g}": not ulp <= bound,  # so that a NaN fails
@@ -435,6 +455,7 @@ def bound_of(problem: Problem, place: Place, optimizer: FusedOptimizer) -> float
             roundings += math.sqrt(sum(grad.numel() for grad in problem.inputs.grads)) / 3
         if place.device.type != "cpu" or place.path == "triton":
             # A device forms 1 - beta**t, at least 1 - beta, to an ulp of 1; the root halves that.
+            # On a CPU the power is the one that Python takes.
             beta1, beta2 = optimizer.defaults.get("betas", (0.0, 0.0))
             roundings += 1 / (1 - beta1) + 0.5 / (1 - beta2)
     if stored == computed:

@@ -20,6 +20,9 @@ from fusedreg.machine import versions
 TORCH_FLOOR = (2, 7)
 """The oldest torch that the package declares."""
 
+LLVMLITE = "llvmlite>=0.44"
+"""As pyproject.toml declares it."""
+
 NVIDIA = Path("/proc/driver/nvidia/version")
 """Where Linux says that NVIDIA's driver is loaded."""
 
@@ -27,7 +30,8 @@ NVIDIA = Path("/proc/driver/nvidia/version")
 class Finding(NamedTuple):
     """One sentence on what is found, one on the cure; `broken`: steps would not run as meant.
 
-    What is wrong with torch concerns every step, all else the kernels on a GPU.
+    What is wrong with torch concerns every step, with llvm those on a CPU, all else the kernels of a
+    GPU.
     """
 
     name: str
@@ -53,7 +57,13 @@ def devices() -> list[torch.device]:
 def examine(checked: Sequence[torch.device]) -> list[Finding]:
     """What is worth knowing before steps run on these devices."""
     gpu = any(device.type == "cuda" for device in checked)  # a ROCm GPU is called so too
-    return [*_torch(), *_kernels(gpu), *(_compiling() if gpu else ())]
+    cpu = any(device.type == "cpu" for device in checked)
+    return [
+        *_torch(),
+        *(_host() if cpu else ()),
+        *_kernels(gpu),
+        *(_compiling() if gpu else ()),
+    ]
 
 
 def _torch() -> Iterator[Finding]:
@@ -87,15 +97,43 @@ def _torch() -> Iterator[Finding]:
         )
 
 
+def _host() -> Iterator[Finding]:
+    """Which path a CPU takes, and what keeps it from the kernels that LLVM compiles."""
+    problem = backend.host_problem()
+    if problem is not None:
+        yield Finding(
+            "llvm",
+            False,
+            f"{problem}, so steps on the CPU take the slow reference path",
+            f"Install it: pip install '{LLVMLITE}'",
+        )
+        return
+    try:
+        host = backend.host_kernels()
+        assert host is not None
+        host.norm_loop(torch.float32)
+    except Exception as error:  # whatever a broken llvmlite raises only now
+        yield Finding(
+            "llvm",
+            True,
+            f"llvmlite does not compile the kernels of the CPU ({type(error).__name__}: {error}), "
+            "and steps there raise this without fused=False",
+            f"Install it anew: pip install --force-reinstall '{LLVMLITE}'",
+        )
+        return
+    found = versions()["llvmlite"]
+    yield Finding("llvm", False, f"steps on the CPU take the path llvm (llvmlite {found})")
+
+
 def _kernels(gpu: bool) -> Iterator[Finding]:
-    """Whether the Triton kernels can be had: at least one sentence, also where all is well."""
-    unused = "no GPU is checked here, so no kernel is launched"
+    """Whether the Triton kernels can be had: at least one sentence without a GPU."""
+    unused = "no GPU is checked here, so none of triton's kernels is launched"
     problem = backend.problem()
     if problem is not None and sys.platform != "linux":  # where ours asks for no triton either
-        yield Finding("triton", False, "triton is for Linux; steps take the reference path")
+        yield Finding("triton", False, "triton is for Linux; GPUs take the reference path")
         return
     if problem is not None:
-        cost = "steps take the slow reference path" if gpu else unused
+        cost = "steps on a GPU take the slow reference path" if gpu else unused
         use = "Install it" if gpu else "For a GPU"
         cure = f"{use}: pip install '{backend.NEEDED}'"
         yield Finding("triton", gpu, f"{problem}, and {cost}", cure)
@@ -116,9 +154,9 @@ def _kernels(gpu: bool) -> Iterator[Finding]:
         return
     if backend.interpreted():
         harm = (
-            "they cannot read a GPU's memory: steps take the slow reference path"
+            "they cannot read a GPU's memory: its steps take the slow reference path"
             if gpu
-            else "they are slow and truncate bfloat16"
+            else "they are slow and truncate bfloat16; only fused=True takes them"
         )
         yield Finding(
             "interpreter",
@@ -128,7 +166,7 @@ def _kernels(gpu: bool) -> Iterator[Finding]:
         )
     elif not gpu:
         triton = versions("triton")["triton"]
-        yield Finding("kernels", False, f"the kernels import (triton {triton}); {unused}")
+        yield Finding("kernels", False, f"triton's kernels import (triton {triton}); {unused}")
 
 
 def _compiling() -> Iterator[Finding]:

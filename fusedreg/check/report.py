@@ -144,7 +144,8 @@ def failure(row: Row) -> list[str]:
     theirs = "-" if row.torch_ulp is None else f"{row.torch_ulp:.3g}"
     command = f"fusedreg check --device {row.device} --case {row.case} --dtype {row.dtype}"
     return [
-        f"FAIL {row.case}, {step}, {clip}, {row.dtype}, {row.device}, {row.path} path",
+        f"FAIL {row.case}, {step}, {clip}, {row.dtype}, {row.device}, {row.path} path, "
+        f"{row.weights} weights",
         f"     {'; '.join(row.failures)}",
         f"     ulp {row.ulp:.3g}, bound {row.bound:.3g}, torch.optim {theirs}, "
         f"backend {row.backend}, launches {row.launches}",
@@ -167,6 +168,7 @@ def record(
     """Everything, for a JSON file; a number that is not finite is a string there."""
     return {
         **environment("triton"),
+        "threads": torch.get_num_threads(),
         "verdict": VERDICTS[status],
         "seconds": seconds,
         "findings": [finding._asdict() for finding in findings],

@@ -40,8 +40,8 @@ def _on_host(name: str, value: Any) -> Any:
     return value
 
 
-@cache
 def _machine() -> llvm.TargetMachine:
+    """What code is generated for; an engine takes its own and frees it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(

@@ -23,7 +23,7 @@ NAMES = {
     "torch fused": COLOURS[0],
     "torch foreach": COLOURS[1],
     "torch for-loop": COLOURS[3],
-    "fusedreg reference": COLOURS[2],
+    "fusedreg reference": COLOURS[7],
     "optimi": COLOURS[4],
     "bitsandbytes 32 bit": COLOURS[5],
     "torchao 8 bit": COLOURS[8],

@@ -40,6 +40,7 @@ class Plan:
         self.launch = inventory.launch
         self.memory = layout(inventory, inventory.states_here(state))
         self.header: list[float | None] = []
+        self.remote = False  # whether any number lives on a device
         self.variant: tuple[bool, ...] = ()
         self.launches = 0
 
@@ -119,19 +120,21 @@ class Plan:
                 numbers = self._send_numbers(device, memory, header)
                 if grad_norm is not None:
                     self._norms(memory, grads)
-                for first, bucket in enumerate(memory.buckets):
+                first = True
+                for bucket, addresses in zip(memory.buckets, grads, strict=True):
                     self._rows(
                         bucket,
-                        grads,
+                        addresses,
                         numbers,
                         partials=None if grad_norm is None else memory.partials,
                         grad_scale=_remote(grad_scale, device),
                         found_inf=_remote(found_inf, device),
-                        grad_norm=grad_norm if first == 0 else None,
-                        skipped=skipped if first == 0 else None,
+                        grad_norm=grad_norm if first else None,
+                        skipped=skipped if first else None,
                     )
-                for bucket in memory.buckets:
-                    self._step(bucket, grads, scaled)
+                    first = False
+                for bucket, addresses in zip(memory.buckets, grads, strict=True):
+                    self._step(bucket, addresses, scaled)
         if skip is not True and before == self._skipped_here(skipped):
             # As any operation in place does: a backward pass through the old values must fail.
             torch.autograd.graph.increment_version(list(self.inventory.chosen))
@@ -147,26 +150,28 @@ class Plan:
         """How many steps were skipped, where no device has to be asked."""
         return None if skipped is None or is_remote(skipped) else int(skipped)
 
-    def _send_grads(self, device: torch.device, memory: Memory) -> Tensor:
-        """The gradients' addresses on the device; in a graph its own, which nothing else writes."""
+    def _send_grads(self, device: torch.device, memory: Memory) -> list[Tensor]:
+        """Each bucket's gradients' addresses on the device; in a graph its own, only read there."""
         if not self.inventory.stale_grads and not is_capturing(device):
-            return memory.grads
+            return memory.views
         addresses: list[int] = []
         for bucket in memory.buckets:
             addresses += [0] * (bucket.first_tensor - len(addresses))
             addresses += map(self.inventory.grads.__getitem__, bucket.positions)
         addresses += [0] * (memory.grads.numel() - len(addresses))
         if is_capturing(device):
-            constants: Tensor = self.launch.constants(addresses, device)
-            return constants.to(torch.int64)
+            constants = self.launch.constants(addresses, device).to(torch.int64)
+            return [bucket.grads_in(constants) for bucket in memory.buckets]
         # A buffer is read faster than a list.
         self.launch.send(torch.frombuffer(array("q", addresses), dtype=torch.int64), memory.grads)
-        return memory.grads
+        return memory.views
 
     def _send_numbers(
         self, device: torch.device, memory: Memory, header: Sequence[Number]
     ) -> Tensor:
         """Header and lines on the device, where the numbers that live there join them."""
+        if not (self.inventory.stale_lines or self.remote or is_capturing(device)):
+            return memory.numbers
         values = [*header, *chain.from_iterable(self.inventory.lines)]
         remote = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
         numbers = memory.numbers
@@ -175,18 +180,19 @@ class Plan:
             numbers = self.launch.constants(floats, device)
         elif self.inventory.stale_lines:
             self.launch.send(torch.frombuffer(array("d", floats), dtype=torch.float64), numbers)
+        self.remote = bool(remote)
         if remote:
             targets = [numbers[i] for i, _ in remote]
             torch._foreach_copy_(targets, [value.reshape(()) for _, value in remote])
         return numbers
 
-    def _norms(self, memory: Memory, grads: Tensor) -> None:
-        for bucket in memory.buckets:
+    def _norms(self, memory: Memory, grads: Sequence[Tensor]) -> None:
+        for bucket, addresses in zip(memory.buckets, grads, strict=True):
             if bucket.table.chunks:
                 self.launches += 1
                 bucket.kind.launch.norms(
                     bucket.table,
-                    _slice(bucket, grads),
+                    addresses,
                     memory.partials,
                     bucket.first_chunk,
                     bucket.kind.grad,
@@ -198,7 +204,7 @@ class Plan:
         self.launches += 1
         kind.launch.rows(
             bucket.table,
-            _slice(bucket, grads),
+            grads,
             numbers,
             bucket.rows,
             rule=kind.rule,
@@ -216,7 +222,7 @@ class Plan:
         self.launches += 1
         kind.launch.step(
             bucket.table,
-            _slice(bucket, grads),
+            grads,
             bucket.rows,
             rule=kind.rule,
             states=len(kind.states),
@@ -241,11 +247,6 @@ def is_capturing(device: torch.device) -> bool:
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes `device` the current one, on which triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _slice(bucket: Bucket, grads: Tensor) -> Tensor:
-    """The addresses of a bucket's gradients among those of its device."""
-    return grads[bucket.first_tensor : bucket.first_tensor + len(bucket.positions)]
 
 
 def _remote(value: Number | None, device: torch.device) -> Tensor | None:

@@ -88,6 +88,7 @@ class Inventory:
         self._take_places(groups)
         self.options_of = itemgetter(*rule.defaults)
         self.options = [self.options_of(group) for group in groups]
+        self.changeable = [any(map(_may_change, options)) for options in self.options]
         self.lines = [self._line(group) for group in groups]
         self.structure = [self._structure(*pair) for pair in zip(groups, self.lines, strict=True)]
         self._take_states(groups, state)
@@ -206,13 +207,14 @@ class Inventory:
     def _take_options(self, groups: Groups) -> bool:
         for index, group in enumerate(groups):
             options = self.options_of(group)
-            if all(map(is_, options, self.options[index])) and not any(map(_may_change, options)):
+            if all(map(is_, options, self.options[index])) and not self.changeable[index]:
                 continue
             self.rule._check_group(group)
             line = self._line(group)
             if self._structure(group, line) != self.structure[index]:
                 return False
             self.options[index], self.lines[index], self.stale_lines = options, line, True
+            self.changeable[index] = any(map(_may_change, options))
         return True
 
     def _places_in_memory(self, params: list[Tensor], state: States) -> list[Any]:

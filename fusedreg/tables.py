@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,10 @@ class Bucket:
     first_tensor: int
     """Where its tensors begin among the gradient addresses of the device."""
 
+    def grads_in(self, grads: Tensor) -> Tensor:
+        """The addresses of its gradients among those of the device."""
+        return grads[self.first_tensor : self.first_tensor + len(self.positions)]
+
 
 @dataclass
 class Memory:
@@ -57,6 +61,11 @@ class Memory:
     grads: Tensor
     partials: Tensor
     numbers: Tensor
+    views: list[Tensor] = field(init=False)
+    """What each bucket has of `grads`."""
+
+    def __post_init__(self) -> None:
+        self.views = [bucket.grads_in(self.grads) for bucket in self.buckets]
 
 
 def layout(inventory: Inventory, states: States) -> dict[torch.device, Memory]:

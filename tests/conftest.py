@@ -24,7 +24,8 @@ torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain 
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the optimizer is asked to run: cases.PATHS, and the reference as on an accelerator.
 
-    For the latter, every number looks as if it lay on the device: the host reads none of them.
+    On a CPU "default" and "foreach" are LLVM's kernels, and "fused" is triton's, interpreted. As on
+    an accelerator, every number looks as if it lay on the device: the host reads none of them.
     """
     if request.param != "device":
         return request.param
@@ -42,8 +43,8 @@ def _seed() -> Iterator[None]:
     assert torch.get_default_dtype() == dtype
 
 
-SAME_CODE = ("default", "foreach", "fused")
-"""Paths that run what another runs: on a CPU the first two are the reference, by other flags."""
+SAME_CODE = ("foreach", "fused")
+"""Paths that run what another runs: the first is "default" by another flag, the second its rules."""
 NO_OTHER_CODE = set(CASES) - set(KERNEL_CASES)
 
 

@@ -12,7 +12,10 @@ PropagateNan = SimpleNamespace(ALL=None)  # a maximum with a NaN is always one h
 def where(condition: Value, chosen: Operand, otherwise: Operand) -> Value:
     """`chosen` where `condition` holds, else `otherwise`."""
     of = chosen if isinstance(chosen, Value) else otherwise
-    assert isinstance(of, Value), "one of the two must be a value, which says the type"
+    if not isinstance(of, Value):
+        raise TypeError(
+            "one of the two that tl.where chooses from must be computed: it has a dtype"
+        )
     builder = condition.builder
     return Value(builder, builder.select(condition.ir, of.like(chosen).ir, of.like(otherwise).ir))
 

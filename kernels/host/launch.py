@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
 from typing import Any
 
@@ -73,9 +73,10 @@ def run(loop: Any, table: Table, *args: int) -> None:
     else:
         pool = _pool(threads - 1)
         others = [pool.submit(loop, address) for _ in range(threads - 1)]
-        loop(address)
-        for other in others:
-            other.result()
+        try:
+            loop(address)
+        finally:  # they use `work`, even if this thread is interrupted
+            wait(others)
 
 
 def norms(

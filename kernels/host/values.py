@@ -112,7 +112,7 @@ class Value:
     def __ne__(self, other: object) -> Any:
         return self._compared("!=", other)  # type: ignore[arg-type]
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __bool__(self) -> bool:
         raise TypeError("device code cannot branch in Python on a number: use tl.where")

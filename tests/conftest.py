@@ -44,7 +44,7 @@ def _seed() -> Iterator[None]:
 
 
 SAME_CODE = ("foreach", "fused")
-"""Paths that run what another runs: the first is "default" by another flag, the second its rules."""
+"""Paths that run what another runs: "default" by another flag, and its rules, interpreted."""
 NO_OTHER_CODE = set(CASES) - set(KERNEL_CASES)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import math
 import re
-import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -28,7 +25,7 @@ from fusedreg.check.installation import Finding
 from cases import CASES, DTYPES, Case
 
 CPU = torch.device("cpu")
-REFERENCE, KERNELS = Place(CPU, "reference"), Place(CPU, "triton")
+REFERENCE, HOST, KERNELS = (Place(CPU, path) for path in ("reference", "llvm", "triton"))
 BY_ID = {case.id: case for case in CASES}
 needs_interpreter = pytest.mark.skipif(
     not backend.interpreted(), reason="kernels step CPU parameters only where interpreted"
@@ -78,13 +75,16 @@ def test_table_is_whole_in_80_columns(whole: Check) -> None:
     assert "…" not in whole.printed
     for rule in {case.rule for case in CASES}:
         assert any(line.startswith(f"{rule} ") for line in lines)
-    assert sum(line.endswith(" pass") for line in lines) == 3 * len({case.rule for case in CASES})
+    passed = sum(line.endswith(" pass") for line in lines)
+    assert passed == 2 * 3 * len({case.rule for case in CASES})  # two paths, three kinds
 
 
 def test_it_says_what_was_not_run(whole: Check) -> None:
     said = " ".join(whole.printed.split())
-    assert "no GPU is checked here, so no kernel is launched" in said
+    assert "steps on the CPU take the path llvm (llvmlite 0." in said
+    assert "no GPU is checked here, so none of triton's kernels is launched" in said
     assert "cpu, reference:" in said
+    assert "cpu, llvm:" in said
     assert "triton:" not in said
 
 
@@ -93,21 +93,36 @@ def test_json_holds_everything(whole: Check) -> None:
     assert found["verdict"] == "pass"
     assert found["seconds"] > 0
     assert found["versions"]["fusedreg"] == fusedreg.__version__
-    assert {"torch", "triton", "python"} <= set(found["versions"])
+    assert {"torch", "triton", "llvmlite", "python"} <= set(found["versions"])
     assert found["machine"]["cores"] >= 1
     assert [finding["broken"] for finding in found["findings"]] == [False] * len(found["findings"])
     steps = found["steps"]
-    given = ("case", "first", "clip", "dtype")
+    given = ("path", "weights", "case", "first", "clip", "dtype")
     names = {tuple(step[name] for name in given) for step in steps}
     assert len(names) == len(steps)
-    kinds = {(step["case"], step["clip"], step["dtype"]) for step in steps}
-    assert len(kinds) == len(CASES) * len(DTYPES) * 2
+    for path, kinds_of_each in (("reference", 2), ("llvm", 1)):
+        kinds = {(s["case"], s["clip"], s["dtype"]) for s in steps if s["path"] == path}
+        assert len(kinds) == len(CASES) * len(DTYPES) * kinds_of_each
+        assert {case for case, *_ in kinds} == set(BY_ID)
+        rules = {(BY_ID[case].rule, clip, dtype) for case, clip, dtype in kinds}
+        penalties = {(BY_ID[case].penalty, dtype) for case, _, dtype in kinds}
+        assert len(rules) == len({case.rule for case in CASES}) * len(DTYPES) * 2
+        assert len(penalties) == len({case.penalty for case in CASES}) * len(DTYPES)
     for step in steps:
         assert set(step) == set(Row._fields)
-        assert step["backend"] == step["path"] == "reference"
+        assert step["backend"] == step["path"] in ("reference", "llvm")
+        assert step["launches"] == (0 if step["path"] == "reference" else 2 + step["clip"])
         assert (step["torch_ulp"] is None) == (BY_ID[step["case"]].torch_kwargs is None)
         assert 0 <= step["ulp"] <= step["bound"]
         assert step["failures"] == []
+
+
+def test_some_steps_have_work_for_threads(whole: Check) -> None:
+    """The host's kernels take chunks of 65,536 elements, and a thread 32,768 at least."""
+    large = [step for step in whole.found["steps"] if step["weights"] > 2 * 65536]
+    assert {step["path"] for step in large} == {"llvm"}
+    assert {step["dtype"] for step in large} == {accuracy.dtype_name(dtype) for dtype in DTYPES}
+    assert {step["clip"] for step in large} == {False, True}
 
 
 def test_the_numbers_say_something(whole: Check) -> None:
@@ -152,7 +167,7 @@ def test_kernels_are_checked_where_they_run(tmp_path: Path) -> None:
     assert "cpu, triton, interpreted: worst" in done.printed
     assert " 2-3  pass" in done.printed
     assert done.printed.splitlines()[-1].startswith(
-        f"PASS: all {len(done.found['steps'])} steps are right on cpu (reference), "
+        f"PASS: all {len(done.found['steps'])} steps are right on cpu (reference), cpu (llvm), "
         "cpu (triton, interpreted), after"
     )
 
@@ -289,22 +304,26 @@ def test_failures_are_named_and_come_again(tmp_path: Path, monkeypatch: pytest.M
     assert done.status == 1
     assert done.found["verdict"] == "fail"
     failed = [step for step in done.found["steps"] if step["failures"]]
-    assert {(step["case"], step["dtype"], step["clip"]) for step in failed} == {
-        ("adam-l1_prox", "float32", False),
-        ("adam-l1_prox", "float32", True),
+    assert {(s["case"], s["dtype"], s["clip"], s["path"]) for s in failed} == {
+        ("adam-l1_prox", "float32", False, "reference"),
+        ("adam-l1_prox", "float32", True, "reference"),
+        ("adam-l1_prox", "float32", False, "llvm"),
     }
-    for step in failed:
+    assert len(failed) > report.SHOWN
+    for step in failed[: report.SHOWN]:
         which = "first step" if step["first"] else "later step"
         clip = "clipped" if step["clip"] else "not clipped"
-        named = f"FAIL adam-l1_prox, {which}, {clip}, float32, cpu, reference path\n"
+        where = f"cpu, {step['path']} path, {step['weights']} weights"
+        named = f"FAIL adam-l1_prox, {which}, {clip}, float32, {where}\n"
         assert done.printed.count(named) == 1
-    assert "bound 16, torch.optim -, backend reference, launches 0\n" in done.printed
+    for backend_of_it in ("backend reference, launches 0", "backend llvm, launches 2"):
+        assert f"bound 16, torch.optim -, {backend_of_it}\n" in done.printed
     lines = done.printed.splitlines()
     counted = f"FAIL: {len(failed)} of {len(done.found['steps'])} steps are wrong"
-    assert lines[-1].startswith(f"{counted} on cpu (reference), after")
+    assert lines[-1].startswith(f"{counted} on cpu (reference), cpu (llvm), after")
     assert [line.split()[-1] for line in lines if line.startswith(("sgd ", "adam "))] == [
-        "pass",
-        "FAIL",
+        *("pass", "FAIL"),
+        *("pass", "FAIL"),
     ]
     (command,) = {line.strip() for line in lines if "fusedreg check" in line}
     assert command == "fusedreg check --device cpu --case adam-l1_prox --dtype float32"
@@ -319,6 +338,7 @@ def test_a_path_that_was_not_taken_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Place, "option", "reference")
     row = measure(step, KERNELS)
     assert row.failures == ("backend is reference", "0 launches")
+    assert measure(step, HOST).failures == ("backend is reference", "0 launches")
     monkeypatch.setattr(fusedreg.Adam, "backend", "triton")
     assert measure(step, KERNELS).failures == ("0 launches",)
 
@@ -328,6 +348,7 @@ def test_kernels_that_were_not_asked_for_fail(monkeypatch: pytest.MonkeyPatch) -
     (step, *_) = accuracy.problems([BY_ID["sgd-none"]], [torch.float32])
     monkeypatch.setattr(Place, "option", "fused")
     assert measure(step, REFERENCE).failures == ("backend is triton", "2 launches")
+    assert measure(step, HOST).failures == ("backend is triton",)
 
 
 @pytest.mark.parametrize("penalty", ["decay", "l1_prox"])
@@ -361,8 +382,10 @@ def test_a_table_of_errors_can_be_drawn(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(fusedreg.__main__, "CASES", [broken("adam-decay", raises)])
     done = check(tmp_path, "--dtype=float32", "--dtype=float16")
     assert done.status == 1
-    (line,) = (line for line in done.printed.splitlines() if line.startswith("adam "))
-    assert line.split() == ["adam", "decay", "nan/-", "0.5/nan", "0", "FAIL"]
+    first, second = (line for line in done.printed.splitlines() if line.startswith("adam "))
+    assert first.split() == ["adam", "decay", "nan/-", "0.5/nan", "0", "FAIL"]
+    assert second.split()[:3] == ["adam", "decay", "nan/-"]
+    assert second.split()[-1] == "FAIL"
     assert "bound (at most float16 0.502)" in " ".join(done.printed.split())
     failed = [step for step in done.found["steps"] if step["failures"]]
     assert len(failed) == sum(step["dtype"] == "float32" for step in done.found["steps"])
@@ -386,8 +409,8 @@ def test_many_failures_do_not_bury_the_table(
         lines[-1],
     ]
     assert lines[-1].startswith(f"FAIL: {failed} of {failed} steps are wrong")
-    table = next(i for i, line in enumerate(lines) if line.startswith("adam "))
-    assert len(lines) - table < 40
+    last_table = max(i for i, line in enumerate(lines) if line.startswith("adam "))
+    assert len(lines) - last_table < 40
 
 
 def test_torchs_own_error_is_said_to_be_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,11 +470,12 @@ def test_what_is_broken_stops_only_what_it_concerns(
     steps = done.found["steps"]
     assert {(step["device"], step["path"]) for step in steps} == {
         ("cpu", "reference"),
+        ("cpu", "llvm"),
         ("cuda:0", "reference"),
     }
     assert "cuda:0 (NVIDIA H200), reference: worst" in done.printed
     last = done.printed.splitlines()[-1]
-    where = "on cpu (reference), cuda:0 (reference), after"
+    where = "on cpu (reference), cpu (llvm), cuda:0 (reference), after"
     right = f"all {len(steps)} steps that were taken are right {where}"
     assert last.startswith(f"BROKEN: compiler; {right}")
 
@@ -465,26 +489,6 @@ def test_what_is_broken_stops_only_what_it_concerns(
     monkeypatch.setattr(installation, "examine", lambda checked: [note])
     cuda = torch.device("cuda", 0)
     assert fusedreg.check.places([cuda]) == [Place(cuda, "reference"), Place(cuda, "triton")]
-    assert fusedreg.check.places([cuda], gpu_kernels=False) == [Place(cuda, "reference")]
-
-
-@pytest.mark.parametrize(
-    "triton", [None, types.SimpleNamespace(__version__="3.2.0"), types.ModuleType("triton")]
-)
-def test_no_triton_is_no_reason_to_stop_on_a_cpu(
-    triton: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    importlib.import_module("torch._dynamo")  # which may need the triton that is here
-    monkeypatch.setitem(sys.modules, "triton", triton)
-    done = check(tmp_path, "--case=sgd-none", "--dtype=float32")
-    assert done.status == 0
-    assert done.found["findings"][0]["name"] == "triton"
-    assert {step["path"] for step in done.found["steps"]} == {"reference"}
-
-
-def test_nothing_to_step_is_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Place, "takes", lambda self, dtype: False)
-    done = check(tmp_path)
-    assert done.status == 2
-    assert done.found["verdict"] == "broken"
-    assert "no step was taken (no device has the dtypes)" in done.printed
+    assert fusedreg.check.places([cuda], ["compiler"]) == [Place(cuda, "reference")]
+    with_llvm_broken = [Place(cuda, "reference"), Place(cuda, "triton"), REFERENCE]
+    assert fusedreg.check.places([cuda, CPU], ["llvm"]) == with_llvm_broken

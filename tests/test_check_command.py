@@ -15,6 +15,7 @@ import torch
 import fusedreg.check
 from fusedreg.__main__ import main
 from fusedreg.check import installation, report
+from fusedreg.check.accuracy import Place
 
 CPU = torch.device("cpu")
 
@@ -119,6 +120,16 @@ def test_the_file_is_written_before_the_tables(
         main(["check", *arguments])
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["verdict"] == "pass"
+
+
+def test_nothing_to_step_is_no_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Place, "takes", lambda self, step: False)
+    out = tmp_path / "check.json"
+    assert main(["check", "--device=cpu", "--case=sgd-none", f"--json={out}"]) == 2
+    assert json.loads(out.read_text(encoding="utf-8"))["verdict"] == "broken"
+    assert "no step was taken (no device has the dtypes)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ from rich.console import Console
 from fusedreg import backend
 from fusedreg.check import accuracy, installation, places, report
 from fusedreg.check.accuracy import Place, Row, dtype_name, ulps
-from fusedreg.check.installation import Finding, examine
+from fusedreg.check.installation import Finding
 
 from cases import CASES, DTYPES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-REFERENCE, KERNELS = Place(CPU, "reference"), Place(CPU, "triton")
+REFERENCE, HOST, KERNELS = (Place(CPU, path) for path in ("reference", "llvm", "triton"))
 BY_ID = {case.id: case for case in CASES}
 
 
@@ -127,6 +127,7 @@ def test_thresholds_make_zeros_that_must_be_there() -> None:
         ("adam-none", torch.float64, REFERENCE, False, 16),
         ("adam-none", torch.float64, REFERENCE, True, 16 + math.sqrt(9233) / 3),
         ("adam-none", torch.float64, KERNELS, False, 16 + 10 + 500),
+        ("adam-none", torch.float64, HOST, False, 16),
         ("adam_amsgrad-none", torch.float64, Place(CUDA, "reference"), False, 16 + 5 + 5),
         ("adam-none", torch.float32, Place(CUDA, "triton"), True, 16),
         ("sgd-none", torch.float64, KERNELS, False, 16 + 1.5),
@@ -147,11 +148,17 @@ def test_places_and_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = [place for place in asked if place.device == CUDA]
     assert [place.path for place in gpu] == ["reference", "triton"]
     assert [place.option for place in gpu] == ["reference", "default"]
-    assert all(place.takes(dtype) for place in gpu for dtype in DTYPES)
-    assert all(REFERENCE.takes(dtype) for dtype in DTYPES)
-    assert not KERNELS.takes(torch.bfloat16)
+    steps = list(accuracy.problems([BY_ID["sgd-none"]], DTYPES))
+    assert all(place.takes(step) for place in (*gpu, REFERENCE) for step in steps)
     assert KERNELS.option == "fused"
-    assert not Place(torch.device("mps"), "reference").takes(torch.float64)
+    assert HOST.option == "default"
+    double, _, bfloat16, _ = steps[::2][:4]
+    assert (double.dtype, bfloat16.dtype) == (torch.float64, torch.bfloat16)
+    assert not KERNELS.takes(bfloat16)
+    assert not Place(torch.device("mps"), "reference").takes(double)
+    taken = [(step.dtype, step.max_norm is not None) for step in steps if HOST.takes(step)]
+    # Clipping in every other dtype, in the first step and in the third.
+    assert taken == [(dtype, i % 2 == 1) for i, dtype in enumerate(DTYPES)] * 2
 
 
 def test_every_accelerator_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +214,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     backend.kernels.cache_clear()
 
 
+def examine(checked: list[torch.device]) -> list[Finding]:
+    """Without what is said of a CPU's own kernels, see test_check_host.py."""
+    return [finding for finding in installation.examine(checked) if finding.name != "llvm"]
+
+
 def names(found: list[Finding]) -> list[tuple[str, bool]]:
     return [(finding.name, finding.broken) for finding in found]
 
@@ -215,7 +227,7 @@ def test_a_whole_installation(gpu: None) -> None:
     assert examine([CPU, CUDA]) == []
     (note,) = examine([CPU])
     assert names([note]) == [("kernels", False)]
-    assert str(note).startswith("note: the kernels import (triton 3.")
+    assert str(note).startswith("note: triton's kernels import (triton 3.")
 
 
 def test_old_torch(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,12 +260,12 @@ def test_no_triton(triton: Any, what: str, gpu: None, monkeypatch: pytest.Monkey
     (found,) = examine([CPU, CUDA])
     assert names([found]) == [("triton", True)]
     assert what in found.what
-    assert "steps take the slow reference path" in found.what
+    assert "steps on a GPU take the slow reference path" in found.what
     assert found.cure == "Install it: pip install 'triton>=3.3'"
     (found,) = examine([CPU])
     assert names([found]) == [("triton", False)]
     assert what in found.what
-    assert "no kernel is launched" in found.what
+    assert "none of triton's kernels is launched" in found.what
 
 
 @pytest.mark.parametrize(
@@ -285,7 +297,7 @@ def test_a_triton_that_is_none(
     assert names(examine([CPU])) == [("triton", False)]
     for value in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        assert {place.path for place in places([CPU, CUDA])} == {"reference"}
+        assert "triton" not in {place.path for place in places([CPU, CUDA])}
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
@@ -298,7 +310,7 @@ def test_triton_is_not_asked_for_off_linux(
     monkeypatch.setitem(sys.modules, "triton", None)
     for checked in ([CPU, CUDA], [CPU]):
         (found,) = examine(checked)
-        assert str(found) == "note: triton is for Linux; steps take the reference path."
+        assert str(found) == "note: triton is for Linux; GPUs take the reference path."
         assert not found.broken
 
 
@@ -324,7 +336,7 @@ def test_kernels_that_this_triton_cannot_import(gpu: None, monkeypatch: pytest.M
         assert found.cure == "Install torch and triton anew"
     for value in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        assert {place.path for place in places([CPU, CUDA])} == {"reference"}
+        assert "triton" not in {place.path for place in places([CPU, CUDA])}
 
 
 def test_the_interpreter(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,4 +440,4 @@ def test_interpreting_what_is_missing(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, missing, None)
-    assert places([CPU]) == [REFERENCE]
+    assert places([CPU]) == [REFERENCE, HOST]

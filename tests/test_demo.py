@@ -83,7 +83,8 @@ def test_tables_are_whole_in_80_columns(demo: Demo) -> None:
 
 def test_json_holds_all_numbers(demo: Demo) -> None:
     numbers = demo.numbers
-    assert set(numbers["versions"]) == {"python", "torch", "scikit-learn", "fusedreg"}
+    packages = {"python", "torch", "scikit-learn", "fusedreg", "llvmlite"}
+    assert set(numbers["versions"]) == packages
     assert numbers["versions"]["fusedreg"] == fusedreg.__version__
     assert numbers["machine"]["cores"] >= 1
     assert 0 < numbers["seconds"]["diabetes"] < numbers["seconds"]["total"]

@@ -19,6 +19,8 @@ def test_caption_names_machine_and_versions() -> None:
     caption = machine.caption("numpy", "no-such-package")
     assert f"fusedreg {fusedreg.__version__}" in caption
     assert "numpy" in caption
+    assert f"llvmlite {found['versions']['llvmlite']}" in caption
+    assert found["versions"]["llvmlite"] is not None
     assert "no-such-package" not in caption
 
 

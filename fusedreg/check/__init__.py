@@ -33,8 +33,8 @@ def run(
 ) -> int:
     """Examine, step, write JSON, and print.
 
-    What is broken stops what it concerns: of torch everything, of llvmlite the kernels of a CPU, all
-    else the kernels of a GPU. The other steps are taken and shown.
+    What is broken stops what it concerns: of torch everything, of llvmlite the kernels of a CPU,
+    all else the kernels of a GPU. The other steps are taken and shown.
 
     Args:
         checked: devices that are there.
@@ -119,4 +119,5 @@ def steps(
     if on_threads:
         for case in cases[-1:]:
             rows += measured(case, on_threads, accuracy.LARGE)
-    return rows
+    order = [(str(place.device), place.path) for place in places]
+    return sorted(rows, key=lambda row: order.index((row.device, row.path)))

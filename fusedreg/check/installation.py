@@ -30,8 +30,8 @@ NVIDIA = Path("/proc/driver/nvidia/version")
 class Finding(NamedTuple):
     """One sentence on what is found, one on the cure; `broken`: steps would not run as meant.
 
-    What is wrong with torch concerns every step, with llvm those on a CPU, all else the kernels of a
-    GPU.
+    What is wrong with torch concerns every step, with llvm the kernels of a CPU, all else those of
+    a GPU.
     """
 
     name: str

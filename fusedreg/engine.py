@@ -39,6 +39,7 @@ class Plan:
         self.inventory = inventory
         self.launch = inventory.launch
         self.memory = layout(inventory, inventory.states_here(state))
+        self.gpus = list(filter(is_gpu, self.memory))
         self.header: list[float | None] = []
         self.remote = False  # whether any number lives on a device
         self.variant: tuple[bool, ...] = ()
@@ -52,7 +53,7 @@ class Plan:
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured on one of its devices."""
-        return any(map(is_capturing, self.memory))
+        return any(map(is_capturing, self.gpus))
 
     def norms(self) -> list[tuple[Spread | None, Tensor]]:
         """Vectors whose norms make that of all gradients here, each with how it is spread."""
@@ -89,15 +90,12 @@ class Plan:
                 a plan that has a `device`.
             skipped: 0-dim int64, is increased by one where nothing changed.
         """
-        variant = (
-            max_norm is None,
-            grad_norm is None,
-            skipped is None,
-            *map(is_remote, (scale, skip, grad_scale, found_inf)),
-        )
-        if self.capturing() and variant != self.variant:
-            raise RuntimeError(NOT_BEFORE_CAPTURE)  # it may have to compile or load a kernel
-        self.variant = variant
+        if self.gpus:
+            remote = map(is_remote, (scale, skip, grad_scale, found_inf))
+            variant = (max_norm is None, grad_norm is None, skipped is None, *remote)
+            if self.capturing() and variant != self.variant:
+                raise RuntimeError(NOT_BEFORE_CAPTURE)  # it may have to compile or load a kernel
+            self.variant = variant
         clips = max_norm is not None and max_norm != float("inf")
         scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
         if grad_scale is not None and self._reads(grad_scale):
@@ -137,14 +135,14 @@ class Plan:
                     self._step(bucket, addresses, scaled)
         if skip is not True and before == self._skipped_here(skipped):
             # As any operation in place does: a backward pass through the old values must fail.
-            torch.autograd.graph.increment_version(list(self.inventory.chosen))
+            torch.autograd.graph.increment_version(self.inventory.stepped)
         if not self.capturing():
             self.inventory.stale_grads = self.inventory.stale_lines = False
         self.inventory.copies.clear()
 
     def _reads(self, value: Number) -> bool:
         """Whether the host reads a number: one that it has, or that only it needs."""
-        return not is_remote(value) or all(device.type == "cpu" for device in self.memory)
+        return not is_remote(value) or not self.gpus
 
     def _skipped_here(self, skipped: Tensor | None) -> int | None:
         """How many steps were skipped, where no device has to be asked."""
@@ -236,9 +234,14 @@ class Plan:
         )
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether work on a device is queued, and may be captured in a graph."""
+    return device.type == "cuda"
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
@@ -246,7 +249,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes `device` the current one, on which triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if is_gpu(device) else nullcontext()
 
 
 def _remote(value: Number | None, device: torch.device) -> Tensor | None:

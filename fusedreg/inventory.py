@@ -81,6 +81,7 @@ class Inventory:
         grad_dtypes: Mapping[Tensor, torch.dtype],
     ) -> None:
         self.rule, self.chosen, self.rest = rule, chosen, rest
+        self.stepped = list(chosen)
         self.launchers = [kernels[param] for param in chosen]
         self.launch: Any = self.launchers[0]  # tables and numbers are the same for all
         self.group_of = list(chosen.values())

@@ -6,6 +6,7 @@ compiled. The arithmetic is tested by every other file, where the path "fused" i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -206,6 +207,9 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     now = {"on": False}
     for module in (engine, fusedreg.optimizer):
         monkeypatch.setattr(module, "is_capturing", lambda device: now["on"])
+    # The list that a plan makes of its devices, while _current must not select a GPU.
+    monkeypatch.setattr(engine, "is_gpu", lambda device: True)
+    monkeypatch.setattr(engine, "_current", lambda device: contextlib.nullcontext())
     return now
 
 

@@ -195,24 +195,30 @@ def test_a_target_is_met_by_the_median_of_the_pairs(
 ) -> None:
     module = bench("targets")
     times = [[4.0, 2.0, 9.0], [2.0, 2.0, 1.0]]
-    monkeypatch.setattr(module, "steps", lambda *_: (["a", "b"], times))
+    monkeypatch.setattr(module, "steps", lambda *_: (["a", "b"], times, []))
     arm = module.Arm("fusedreg", "AdamW")
     target = module.Target("tiny", arm, arm, limit, at_least=at_least)
     row = module.measured(target, lambda: None, machine_of(bench))
     assert (row["value"], row["rounds"], row["verdict"]) == (2, 3, verdict)
 
 
-def test_a_target_is_missed_where_results_differ(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("who", "verdict"),
+    [
+        ("fusedreg", "missed: ArithmeticError: fusedreg: results differ: by "),
+        ("torch fused", "met; torch fused: results differ: by "),
+    ],
+)
+def test_a_target_is_missed_where_our_results_differ_and_told_where_torchs_do(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, who: str, verdict: str
 ) -> None:
     module = bench("targets")
-    wrong = unclipped(bench("contenders"), None)
-    monkeypatch.setitem(module.MAKERS, "torch fused", wrong)
+    monkeypatch.setitem(module.MAKERS, who, unclipped(bench("contenders"), None))
     setting = module.Setting(bench("shapes").TINY["tiny"], machine_of(bench))
     arms = module.Arm("torch fused", "AdamW"), module.Arm("fusedreg", "AdamW")
     row = module.measured(module.Target("tiny", *arms, 0.0, True), lambda: setting, setting.machine)
-    assert row["verdict"].startswith("missed: ArithmeticError: torch fused: results differ: by ")
-    assert "value" not in row
+    assert row["verdict"].startswith(verdict)
+    assert ("value" in row) == (who != "fusedreg")
 
 
 def test_no_arm_always_follows_the_other(bench: Any) -> None:

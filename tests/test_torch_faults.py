@@ -328,6 +328,22 @@ def test_t16_fused_sgd_updates_every_element(
         assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.ones(100, dtype=dtype))
 
 
+@fault()
+@pytest.mark.parametrize("fused", [None, False])
+def test_t17_norm_of_a_large_tensor_is_exact(optim: ModuleType, fused: bool | None) -> None:
+    """To the rounding of `grad_norm` to float32; torch, summing in float32, is 1.3e-4 short."""
+    param = ones(5_000_000)
+    param.grad = torch.randn(5_000_000)
+    exact = param.grad.double().square().sum().sqrt()
+    if optim is torch.optim:
+        norm = nn.utils.clip_grad_norm_(param, math.inf)
+    else:
+        optimizer = fusedreg.SGD([param], max_grad_norm=math.inf, fused=fused)
+        optimizer.step()
+        norm = optimizer.grad_norm
+    assert abs(norm / exact - 1) <= 2.0**-24
+
+
 def test_sparsity_counts_dtensors(mesh: DeviceMesh) -> None:
     layer = nn.Linear(3, 2, bias=False)
     with torch.no_grad():

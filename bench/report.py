@@ -236,7 +236,7 @@ def target_cells(row: dict[str, Any]) -> list[str]:
     sign = " - " if row["unit"] else " / "
     found = ["-"] * 3
     if row["value"] is not None:
-        ratio = f"{row['value']:.3g}{row['unit']} ({row['p20']:.3g} to {row['p80']:.3g})"
+        ratio = f"{row['value']:.4g}{row['unit']} ({row['p20']:.4g} to {row['p80']:.4g})"
         found = [sign.join(f"{ms:.4g}" for ms in row["ms"]), ratio, str(row["rounds"])]
     arms = sign.join(row["arms"])
     return [row["what"], row["model"], arms, *found, row["target"], row["verdict"]]

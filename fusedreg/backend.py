@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import re
 import warnings
 from collections.abc import Sequence
@@ -76,6 +77,10 @@ def host_problem() -> str | None:
         return f"llvmlite cannot be imported ({type(error).__name__}: {error})"
     if not hasattr(binding, "create_pass_builder"):  # since 0.44
         return f"llvmlite {getattr(llvmlite, '__version__', 'of no version')} is too old"
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if x86 and not binding.get_host_cpu_features().get("f16c"):
+        # LLVM would call functions for float16 that no library here has. Since 2012 CPUs have it.
+        return "this CPU has no instructions for float16 (F16C)"
     return None
 
 

@@ -78,7 +78,9 @@ def subgradient(w: Tensor, *, l1: float = 0.0, weight_decay: float = 0.0) -> Ten
     >>> subgradient(torch.tensor([3.0, 0.0, -4.0]), l1=1.0, weight_decay=0.5).tolist()
     [2.5, 0.0, -3.0]
     """
-    return l1 * torch.sgn(w) + weight_decay * w
+    # A weight of NaN has no sign, and the product with 0 would make NaN of an infinite one.
+    signs = l1 * torch.where(w.isnan(), w, torch.sgn(w))
+    return signs if weight_decay == 0 else signs + weight_decay * w
 
 
 def prox(v: Tensor, step: Number, *, l1: float = 0.0, weight_decay: float = 0.0) -> Tensor:

@@ -45,6 +45,9 @@ def build(
         groups: index of every tensor's param group.
         device: where it shall be.
         chunk: elements of a chunk, where those of a GPU are not meant.
+
+    Raises:
+        RuntimeError: a mode is active in which new tensors have no memory.
     """
     chunk = chunk or CHUNK
     host = torch.device("cpu")  # whatever the default device is
@@ -52,7 +55,7 @@ def build(
     counts = (sizes + (chunk - 1)).div(chunk, rounding_mode="floor")
     first_chunks = counts.cumsum(0) - counts
     owners = torch.repeat_interleave(torch.arange(len(numels), device=host), counts)
-    return Table(
+    table = Table(
         addresses=_upload(torch.tensor(addresses, dtype=torch.int64, device=host), device),
         numels=_upload(sizes, device),
         groups=_upload(torch.tensor(groups, dtype=torch.int32, device=host), device),
@@ -62,6 +65,12 @@ def build(
         chunks=owners.numel(),
         elements=sum(numels),
     )
+    if type(table.addresses) is not Tensor or not table.addresses.data_ptr():
+        raise RuntimeError(
+            "Cannot make tables for kernels where new tensors have no memory, as inside a "
+            "FakeTensorMode or torch.func.functionalize: step outside of it, or with fused=False"
+        )
+    return table
 
 
 def send(values: Tensor, target: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedreg
 from fusedreg import backend
@@ -151,6 +153,41 @@ def test_norms_of_float64_neither_overflow_nor_vanish(entry: float, size: int) -
     torch.testing.assert_close(partials, expected, rtol=2e-16 * 4, atol=1e-323, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW], ids=str)
+def test_nan_is_kept(dtype: torch.dtype) -> None:
+    """By the largest second moment, and by a store of any NaN, also one that rounding overflows."""
+    param = nn.Parameter(torch.ones(5, dtype=dtype))
+    optimizer = fusedreg.Adam([param], lr=0.1, amsgrad=True)
+    run(optimizer, 1)
+    optimizer.state[param]["max_exp_avg_sq"].fill_(float("nan"))
+    run(optimizer, 1)
+    assert optimizer.backend == "llvm"
+    assert optimizer.state[param]["max_exp_avg_sq"].isnan().all()
+    assert param.isnan().all()
+
+    param = nn.Parameter(torch.ones(5, dtype=dtype))
+    momentum = fusedreg.SGD([param], lr=0.1, momentum=0.9, state_dtype=torch.float32)
+    run(momentum, 1)
+    bits = torch.full((5,), 2**31 - 1, dtype=torch.int32)
+    momentum.state[param]["momentum_buffer"].copy_(bits.view(torch.float32))
+    run(momentum, 1)
+    assert param.isnan().all()
+
+
+@pytest.mark.parametrize("cls", [fusedreg.SGD, fusedreg.Adam])
+@pytest.mark.parametrize("weight", [float("inf"), -float("inf"), float("nan")])
+def test_subgradient_of_what_is_not_finite(cls: Any, weight: float) -> None:
+    ends = []
+    for fused in (None, False):
+        param = nn.Parameter(torch.full((3,), weight))
+        param.grad = torch.ones(3)
+        optimizer = cls([param], lr=0.1, l1=0.1, l1_mode="subgradient", fused=fused)
+        optimizer.step()
+        ends.append([param, *optimizer.state[param].values()])
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(ends[0][0], torch.full((3,), weight), equal_nan=True)
+
+
 # ---- threads -------------------------------------------------------------------------------------
 
 
@@ -178,14 +215,25 @@ def test_results_do_not_depend_on_threads(
     alone = ends(1, case)
     assert ends(2, case) == alone
     assert ends(5, case) == alone
-    monkeypatch.setattr(launch, "_openmp", lambda: None)  # as on macOS and Windows
+    monkeypatch.setattr(launch, "_openmp", lambda: None)  # as where it has no such entry
     assert ends(2, case) == alone
     assert ends(5, case) == alone
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch may have another OpenMP")
 def test_torchs_openmp_is_found_on_linux() -> None:
-    found = launch._openmp()
-    assert (found is not None) == (sys.platform == "linux")
+    assert launch._openmp() is not None
+
+
+def test_every_chunk_is_taken_once(two_threads: None) -> None:
+    """By one of two threads, 200,000 times."""
+    params = [nn.Parameter(torch.zeros(64)) for _ in range(4000)]
+    for param in params:
+        param.grad = torch.ones(64)
+    optimizer = fusedreg.SGD(params, lr=1.0)
+    for _ in range(50):
+        optimizer.step()
+    assert torch.stack(params).unique().tolist() == [-50.0]
 
 
 def test_two_optimizers_step_at_once(two_threads: None) -> None:
@@ -243,6 +291,38 @@ def test_one_norm_over_both_paths() -> None:
     optimizer.step()
     assert optimizer.grad_norm == 5.0
     assert_close([plain, odd], [torch.tensor([-0.6, 0.0]), torch.tensor([0.0, -0.8j])], 2)
+
+
+def test_a_cpu_without_float16_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM's code for it calls what is not there, and ends the process."""
+    binding = importlib.import_module("llvmlite.binding")
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"avx": True, "f16c": False})
+    assert backend.host_problem() == "this CPU has no instructions for float16 (F16C)"
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert backend.host_problem() is None
+
+
+def test_a_step_inside_functionalize_is_refused() -> None:
+    params = parameters(shapes=[(3,)])
+    params[0].grad = torch.ones(3, dtype=params[0].dtype)
+    optimizer = fusedreg.SGD(params)
+    with pytest.raises(RuntimeError, match="no memory"):
+        torch.func.functionalize(lambda x: (optimizer.step(), x + 1)[1])(torch.ones(2))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_where_tensors_have_no_memory_is_refused(clip: float | None) -> None:
+    params = parameters(shapes=[(3,)])
+    params[0].grad = torch.ones(3, dtype=params[0].dtype)
+    before = frozen(params)
+    optimizer = fusedreg.SGD(params, max_grad_norm=clip)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(RuntimeError, match=r"no memory, as inside a FakeTensorMode .* fused=False"),
+    ):
+        optimizer.step()
+    assert frozen(params) == before
 
 
 def test_without_llvmlite_the_reference_steps_silently(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import fusedreg
 
-from cases import KERNEL_CASES, SOME, Case, by_id, parameters, run, set_grads, tensors
+from cases import KERNEL_CASES, PATHS, SOME, Case, by_id, parameters, run, set_grads, tensors
 from compare import assert_close, assert_steps_agree, frozen, pair, parameters_of
 
 
@@ -246,6 +246,19 @@ def test_parameters_without_gradient_get_no_state(fused: bool) -> None:
         optimizer.step()
     assert optimizer.state[params[1]] == {"note": "frozen"}
     assert params[2] not in optimizer.state
+
+
+@pytest.mark.parametrize("path", ["default", "fused", "reference"])
+def test_a_float_that_became_a_tensor_may_change_in_place(path: str) -> None:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = fusedreg.SGD([param], lr=0.125, **PATHS[path])
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = lr = torch.tensor(0.25)
+    optimizer.step()
+    lr.fill_(0.5)
+    optimizer.step()
+    assert param.tolist() == [0.125] * 3
 
 
 def test_backward_through_parameters_of_a_skipped_step_works() -> None:

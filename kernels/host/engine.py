@@ -154,7 +154,7 @@ def rows_loop(
         ) = _numbers(work, 10)  # fmt: skip
         sent = Pointer(numbers, torch.float64)
         scale, skip = sent[SCALE.value], sent[SKIP.value] != 0.0
-        first = tensors * 0
+        first = tensors.like(0)
         if norm:
             total = _norm(Pointer(partials, torch.float64), first, parts, wide=True) * scale
             nonfinite = (total != total) | (total == INFINITY)  # NaN or inf

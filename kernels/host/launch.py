@@ -38,7 +38,7 @@ SHARE = 32768
 
 @cache
 def _openmp() -> Any:
-    """GNU's entry into the OpenMP that torch itself runs on, or None where that has none.
+    """GNU's entry into the OpenMP that torch itself runs on, which LLVM's may have too, or None.
 
     Other threads would have to wait for torch's: after each parallel operation those spin for some
     milliseconds before they let go of their cores.

@@ -52,6 +52,8 @@ class Value:
         if flip:
             first, second = second, first
         name = of_floats if self.ir.type in (FLOAT, DOUBLE) else of_integers
+        if not name:
+            raise TypeError("device code cannot divide integers")
         return Value(self.builder, getattr(self.builder, name)(first.ir, second.ir))
 
     def _compared(self, sign: str, other: Operand) -> Value:
@@ -80,10 +82,10 @@ class Value:
         return self._with(other, "fmul", "mul", flip=True)
 
     def __truediv__(self, other: Operand) -> Value:
-        return self._with(other, "fdiv", "sdiv")
+        return self._with(other, "fdiv", "")
 
     def __rtruediv__(self, other: Operand) -> Value:
-        return self._with(other, "fdiv", "sdiv", flip=True)
+        return self._with(other, "fdiv", "", flip=True)
 
     def __and__(self, other: Operand) -> Value:
         return self._with(other, "and_", "and_")

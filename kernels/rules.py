@@ -4,7 +4,7 @@ A rule is two device functions. `NAME_scalars` runs once per tensor, in float64:
 counted (steps, momentum mass) and forms every number that the elements share. `NAME` runs on a tile
 of elements in the dtype of the arithmetic: it advances the moments. Neither sees a pointer, a mask,
 a stored dtype, a learning rate or a penalty; both are inlined into the kernels of engine.py and
-rows.py, so each formula exists once.
+rows.py, so each formula exists once. For a CPU host/build.py runs both on values of one element.
 
     scalars(options, counts) -> (gain, scalars, counts)
         options  what the class lists in `device_options`, in that order

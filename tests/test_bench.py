@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -228,8 +229,7 @@ def test_no_arm_always_follows_the_other(bench: Any) -> None:
         (name, part): measure.Timed(lambda text=f"{name}{part}": called.append(text))
         for name, part in (("A", "1"), ("A", "2"), ("B", "1"))
     }
-    before = lambda: called.append("-")  # noqa: E731
-    times = measure.rounds(timed, machine_of(bench), before, least=3)
+    times = measure.rounds(timed, machine_of(bench), partial(called.append, "-"), least=3)
     assert {len(of) for of in times.values()} == {4}  # even, so that each is first as often
     assert " ".join(called) == " ".join(["- A1 A2 - B1", "- B1 - A1 A2"] * 2)
 

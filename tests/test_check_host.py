@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import platform
 import re
 import sys
 import types
@@ -97,6 +98,16 @@ def test_an_old_llvmlite(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.broken
     assert found.what.startswith("llvmlite 0.43.0 is too old, so steps on the CPU take")
     assert backend.host_kernels() is None
+
+
+def test_a_cpu_without_float16_has_no_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = importlib.import_module("llvmlite.binding")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(binding, "get_host_cpu_features", dict)
+    (found,) = host_findings()
+    assert not found.broken
+    assert found.what.startswith("this CPU has no instructions for float16 (F16C), so steps on")
+    assert not found.cure
 
 
 def test_the_floor_is_the_one_that_is_declared() -> None:

@@ -101,12 +101,10 @@ def _host() -> Iterator[Finding]:
     """Which path a CPU takes, and what keeps it from the kernels that LLVM compiles."""
     problem = backend.host_problem()
     if problem is not None:
-        yield Finding(
-            "llvm",
-            False,
-            f"{problem}, so steps on the CPU take the slow reference path",
-            f"Install it: pip install '{LLVMLITE}'",
-        )
+        # An old CPU has no cure, and its steps are right.
+        cure = f"Install it: pip install '{LLVMLITE}'" if problem.startswith("llvmlite") else ""
+        what = f"{problem}, so steps on the CPU take the slow reference path"
+        yield Finding("llvm", False, what, cure)
         return
     try:
         host = backend.host_kernels()

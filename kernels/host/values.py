@@ -56,7 +56,7 @@ class Value:
             raise TypeError("device code cannot divide integers")
         return Value(self.builder, getattr(self.builder, name)(first.ir, second.ir))
 
-    def _compared(self, sign: str, other: Operand) -> Value:
+    def _compared(self, sign: str, other: Any) -> Value:
         floats = self.ir.type in (FLOAT, DOUBLE)
         # As in IEEE and Python: a NaN is unequal to everything, and no other relation holds for it.
         unordered = self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered
@@ -109,10 +109,10 @@ class Value:
         return self._compared(">=", other)
 
     def __eq__(self, other: object) -> Any:
-        return self._compared("==", other)  # type: ignore[arg-type]
+        return self._compared("==", other)
 
     def __ne__(self, other: object) -> Any:
-        return self._compared("!=", other)  # type: ignore[arg-type]
+        return self._compared("!=", other)
 
     __hash__ = None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedreg.checks import check_number
+from fusedreg.checks import check_betas, check_number
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Number, is_zero
@@ -29,6 +29,7 @@ class Adam(FusedOptimizer):
         g = g + l1 * sign(w)                      if l1_mode == "subgradient"
         g = g + weight_decay * w                  if not decoupled_weight_decay
         w = w * (1 - lr * weight_decay)           if decoupled_weight_decay
+        w = w * (1 - lr/decay_lr * weight_decay)  if lr_independent_decay too
         t = t + 1
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2
@@ -55,6 +56,9 @@ class Adam(FusedOptimizer):
         maximize: ascend the loss; penalties still shrink.
         differentiable: must be False.
         decoupled_weight_decay: shrink w instead of adding to g, which is AdamW.
+        lr_independent_decay: shrink w by the fraction weight_decay * lr / decay_lr, where the
+            group's `decay_lr` is the lr that it was added with; needs decoupled_weight_decay. So
+            the decay follows the schedule of lr, but not its size.
         l1: weight of the L1 penalty, >= 0, in the units of the loss per unit of weight.
         l1_mode: what l1 does. "prox": the fixed point minimises loss + l1 * ||w||_1, with exact
             zeros. "decoupled": shrinks by lr * l1 whatever the gradients are; not an L1 penalty of
@@ -115,6 +119,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        lr_independent_decay: bool = False,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
@@ -135,6 +140,7 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "lr_independent_decay": lr_independent_decay,
             "l1": l1,
             "l1_mode": l1_mode,
             "state_dtype": state_dtype,
@@ -150,23 +156,11 @@ class Adam(FusedOptimizer):
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("eps", group["eps"], read_device=read_device)
-        if len(group["betas"]) != 2:
-            raise ValueError(f"Invalid betas: {group['betas']} (expected two numbers)")
-        for index, beta in enumerate(group["betas"]):
-            check_number(f"betas[{index}]", beta, below=1.0, read_device=read_device)
+        check_betas(group["betas"], read_device=read_device)
 
     def states(self, group: Settings) -> tuple[str, ...]:
         """Both moments, and the largest second one under amsgrad."""
         return self.tensor_states if group["amsgrad"] else self.tensor_states[:2]
-
-    def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Create what is missing, also `max_exp_avg_sq` where amsgrad was turned on later."""
-        if "step" not in state:
-            # float32 is torch's; on the parameter's device nobody has to wait for it.
-            wide = torch.get_default_dtype() == torch.float64 and param.device.type == "cpu"
-            dtype = torch.float64 if wide else torch.float32
-            state["step"] = torch.zeros((), dtype=dtype, device=param.device)
-        super().init_state(group, param, state)
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.rules`."""
@@ -210,6 +204,7 @@ class AdamW(Adam):
         g = -g                                    if maximize
         g = g + l1 * sign(w)                      if l1_mode == "subgradient"
         w = w * (1 - lr * weight_decay)
+        w = w * (1 - lr/decay_lr * weight_decay)  if lr_independent_decay, instead
         t = t + 1
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2
@@ -225,6 +220,7 @@ class AdamW(Adam):
     Args:
         params, lr, betas, eps, amsgrad: as in :class:`Adam`, like all that follow.
         weight_decay: >= 0; w loses the fraction lr * weight_decay in a step.
+        lr_independent_decay: w loses the fraction weight_decay * lr / decay_lr; see :class:`Adam`.
         maximize, foreach, capturable, differentiable, fused: as in :class:`Adam`.
         l1, l1_mode, max_grad_norm, skip_nonfinite, state_dtype, process_group: as in
             :class:`Adam`. With `l1_mode="prox"` and a decay the fixed point is not scikit-learn's
@@ -259,6 +255,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        lr_independent_decay: bool = False,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
@@ -279,6 +276,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            lr_independent_decay=lr_independent_decay,
             l1=l1,
             l1_mode=l1_mode,
             max_grad_norm=max_grad_norm,

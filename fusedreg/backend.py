@@ -153,7 +153,6 @@ def is_walkable_with(param: Tensor, moments: Sequence[Tensor], counts: Sequence[
         )
         and all(count.device == param.device and count.dtype in DTYPES for count in counts)
         and len({moment.dtype for moment in moments}) <= 1
-        and len({count.dtype for count in counts}) <= 1
     )
 
 

@@ -1,17 +1,20 @@
 """The one table of cases: every optimizer with every penalty. Tests and `fusedreg check` take it.
 
 A rule is a class with the options that change its formula; a penalty is what is added to it; a path
-is how the constructor is asked to run. A new optimizer adds its rules here, and everything goes
-through them.
+is how the constructor is asked to run. A new optimizer adds its rules here, and its formula once
+more from the paper, sharing no code with the package; everything goes through them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fusedreg
 from fusedreg.optimizer import FusedOptimizer
@@ -41,20 +44,24 @@ class Case:
         """Its name."""
         return f"{self.rule}-{self.penalty}"
 
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """All its options, with the defaults of the class."""
+        return dict(self.make([torch.zeros(1)]).defaults)
+
     @property
-    def torch_cls(self) -> type[torch.optim.Optimizer]:
-        """The torch.optim namesake."""
-        found: type[torch.optim.Optimizer] = getattr(torch.optim, self.cls.__name__)
+    def torch_cls(self) -> type[torch.optim.Optimizer] | None:
+        """The torch.optim namesake, or None where there is none."""
+        found: type[torch.optim.Optimizer] | None
+        found = getattr(torch.optim, self.cls.__name__, None)
         return found
 
     @property
     def torch_kwargs(self) -> dict[str, Any] | None:
         """The kwargs of the torch.optim namesake, or None where torch has no equal."""
-        if "l1" in self.kwargs:
-            return None
-        if self.cls is fusedreg.SGD and self.kwargs.get("decoupled_weight_decay"):
-            return None
-        return self.kwargs
+        cls = self.torch_cls
+        known = cls is not None and self.kwargs.keys() <= inspect.signature(cls).parameters.keys()
+        return self.kwargs if known else None
 
     def make(self, params: Iterable[Any], path: str = "reference", **more: Any) -> FusedOptimizer:
         """The optimizer of this case over `params`, run by `path`."""
@@ -62,6 +69,89 @@ class Case:
         made: FusedOptimizer = make(params, **{**self.kwargs, **PATHS[path], **more})
         return made
 
+
+# ---- the formulas, in float64 --------------------------------------------------------------------
+
+Value = Tensor | float
+History = dict[str, Any]
+"""The states of one parameter by name, 0.0 where none is yet."""
+Moved = tuple[Value, Value]
+"""What lr multiplies, and what a gradient of 1 has made of it."""
+Formula = Callable[[History, Tensor, dict[str, Any]], Moved]
+
+
+def sgd(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+    """Polyak's heavy ball, as Sutskever et al. (2013) and torch write it."""
+    mu, tau = options["momentum"], options["dampening"]
+    if mu == 0:
+        return g, 1.0
+    if s["momentum_mass"] == 0:
+        s["momentum_buffer"], s["momentum_mass"] = g, 1.0
+    else:
+        s["momentum_buffer"] = mu * s["momentum_buffer"] + (1 - tau) * g
+        s["momentum_mass"] = mu * s["momentum_mass"] + (1 - tau)
+    if options["nesterov"]:
+        return g + mu * s["momentum_buffer"], 1 + mu * s["momentum_mass"]
+    return s["momentum_buffer"], s["momentum_mass"]
+
+
+def adam(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+    """Kingma and Ba (2015), algorithm 1; Reddi et al. (2018), algorithm 2, in torch's form."""
+    (b1, b2), eps = options["betas"], options["eps"]
+    s["step"] += 1
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    v = s["exp_avg_sq"] = b2 * s["exp_avg_sq"] + (1 - b2) * g**2
+    if options["amsgrad"]:  # the maximum of the uncorrected moment
+        old = s["max_exp_avg_sq"]
+        v = s["max_exp_avg_sq"] = torch.where(v > old, v, old)
+    root = torch.sqrt(v / (1 - b2 ** s["step"])) + eps
+    return s["exp_avg"] / (1 - b1 ** s["step"]) / root, torch.where(v == 0, 0.0, 1 / root)
+
+
+def rmsprop(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+    """Tieleman and Hinton (2012); Graves (2013), equations 38 to 41, with torch's eps."""
+    alpha, eps, mu = options["alpha"], options["eps"], options["momentum"]
+    s["step"] += 1
+    v = variance = s["square_avg"] = alpha * s["square_avg"] + (1 - alpha) * g**2
+    if options["centered"]:
+        s["grad_avg"] = alpha * s["grad_avg"] + (1 - alpha) * g
+        variance = torch.relu(v - s["grad_avg"] ** 2)
+    root = torch.sqrt(variance) + eps
+    s["momentum_mass"] = mu * s["momentum_mass"] + 1
+    s["momentum_buffer"] = mu * s["momentum_buffer"] + torch.where(root == 0, 0.0, g / root)
+    return s["momentum_buffer"], torch.where(v == 0, 0.0, s["momentum_mass"] / root)
+
+
+def adagrad(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+    """Duchi, Hazan and Singer (2011), figure 1, with torch's lr_decay."""
+    if s["step"] == 0:
+        s["sum"] = options["initial_accumulator_value"]
+    s["step"] += 1
+    s["sum"] = s["sum"] + g**2
+    root = (torch.sqrt(s["sum"]) + options["eps"]) * (1 + (s["step"] - 1) * options["lr_decay"])
+    gain = torch.where(s["sum"] == 0, 0.0, 1 / root)
+    return g * gain, gain
+
+
+def lion(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+    """Chen et al. (2023), algorithm 2."""
+    b1, b2 = options["betas"]
+    update = torch.sign(b1 * s["exp_avg"] + (1 - b1) * g)
+    s["exp_avg"] = b2 * s["exp_avg"] + (1 - b2) * g
+    return update, float("nan")  # no gain: nothing must come to need one
+
+
+FORMULAS: dict[type[FusedOptimizer], Formula] = {
+    fusedreg.SGD: sgd,
+    fusedreg.Adam: adam,
+    fusedreg.AdamW: adam,
+    fusedreg.RMSprop: rmsprop,
+    fusedreg.Adagrad: adagrad,
+    fusedreg.Lion: lion,
+    fusedreg.LAMB: adam,  # and the trust ratio, which is the step's
+}
+
+# ---- the table -----------------------------------------------------------------------------------
 
 # Rates are large so that a misplaced factor shows in one step (lr * weight_decay is about 0.1).
 RULES: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
@@ -75,23 +165,52 @@ RULES: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
     "adam_amsgrad": (fusedreg.Adam, {"lr": 0.1, "betas": (0.8, 0.9), "amsgrad": True}),
     "adamw": (fusedreg.AdamW, {"lr": 0.1}),
     "adamw_amsgrad": (fusedreg.AdamW, {"lr": 0.1, "eps": 1e-3, "amsgrad": True}),
-}
+    "rmsprop": (fusedreg.RMSprop, {"lr": 0.05, "alpha": 0.9}),
+    "rmsprop_momentum": (fusedreg.RMSprop, {"lr": 0.03, "alpha": 0.9, "momentum": 0.9}),
+    # Where gradients settle, so does their variance at 0, and eps alone limits the step.
+    "rmsprop_centered": (
+        fusedreg.RMSprop, {"lr": 0.1, "alpha": 0.9, "eps": 0.5, "centered": True}
+    ),
+    "rmsprop_centered_momentum": (
+        fusedreg.RMSprop,
+        {"lr": 0.1, "alpha": 0.9, "eps": 0.5, "centered": True, "momentum": 0.9},
+    ),
+    "adagrad": (fusedreg.Adagrad, {"lr": 0.5}),
+    "adagrad_decay": (
+        fusedreg.Adagrad, {"lr": 0.5, "lr_decay": 0.01, "initial_accumulator_value": 0.1}
+    ),
+    "lion": (fusedreg.Lion, {"lr": 0.1}),
+    "lamb": (fusedreg.LAMB, {"lr": 0.1}),
+}  # fmt: skip
+CLASSES = list(dict.fromkeys(cls for cls, _ in RULES.values()))
+TORCH_CLASSES = [cls for cls in CLASSES if hasattr(torch.optim, cls.__name__)]
+"""Those with a namesake in torch.optim."""
 
 PENALTIES: dict[str, dict[str, Any]] = {
     "none": {"weight_decay": 0.0},
-    "decay": {"weight_decay": 0.9},  # coupled, but decoupled in AdamW
+    "decay": {"weight_decay": 0.9},  # coupled or decoupled, as is usual in the class
     "decoupled_decay": {"weight_decay": 0.9, "decoupled_weight_decay": True},
+    "coupled_decay": {"weight_decay": 0.9, "decoupled_weight_decay": False},
     "l1_prox": {"weight_decay": 0.0, "l1": 0.3},
     "l1_decoupled": {"weight_decay": 0.0, "l1": 0.3, "l1_mode": "decoupled"},
     "l1_subgradient": {"weight_decay": 0.0, "l1": 0.3, "l1_mode": "subgradient"},
     "elastic_net": {"weight_decay": 0.9, "l1": 0.3},
 }
 
+
+def _is_another(cls: type[FusedOptimizer], penalty: str) -> bool:
+    """Whether a class has a penalty, and none of the others is the same by its defaults."""
+    defaults = {name: option.default for name, option in inspect.signature(cls).parameters.items()}
+    decoupled = PENALTIES[penalty].get("decoupled_weight_decay")
+    if decoupled is not None:
+        return defaults.get("decoupled_weight_decay") is (not decoupled)
+    return penalty != "l1_prox" or defaults["l1_mode"] == "prox"
+
+
 CASES = [
     Case(rule, penalty, cls, {**options, **weights})
     for rule, (cls, options) in RULES.items()
     for penalty, weights in PENALTIES.items()
-    # AdamW is Adam with the decoupled decay, and has no such keyword.
-    if not (cls is fusedreg.AdamW and penalty == "decoupled_decay")
+    if _is_another(cls, penalty)
 ]
 TORCH_CASES = [case for case in CASES if case.torch_kwargs is not None]

@@ -46,6 +46,14 @@ def check_number(
         raise ValueError(f"Invalid {label}: {value} (expected 0 <= value{upper})")
 
 
+def check_betas(betas: Any, *, read_device: bool = False) -> None:
+    """Raise unless `betas` are two numbers in [0, 1)."""
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas} (expected two numbers)")
+    for index, beta in enumerate(betas):
+        check_number(f"betas[{index}]", beta, below=1.0, read_device=read_device)
+
+
 def check_flags(group: dict[str, Any]) -> None:
     """Raise where `fused`, `foreach` and `differentiable` exclude each other or are not offered."""
     if group["fused"] and group["differentiable"]:
@@ -56,6 +64,25 @@ def check_flags(group: dict[str, Any]) -> None:
         raise NotImplementedError(
             "differentiable=True is not supported: a fused step has no autograd graph. "
             "Use the class of the same name in torch.optim to differentiate through a step."
+        )
+
+
+def check_lr_independent_decay(group: dict[str, Any], read_device: bool = False) -> None:
+    """Raise where the decay is asked to leave out lr and cannot."""
+    if not group["lr_independent_decay"]:
+        return
+    if not group["decoupled_weight_decay"]:
+        raise ValueError(
+            "lr_independent_decay=True needs decoupled_weight_decay=True: a coupled decay is part "
+            "of the gradient, and what lr does to that it does to the decay"
+        )
+    decay_lr = group["decay_lr"]
+    check_number("decay_lr", decay_lr, read_device=read_device)
+    if (not isinstance(decay_lr, Tensor) or read_device or on_host(decay_lr)) and decay_lr == 0:
+        raise ValueError(
+            "Invalid decay_lr value: 0 (with lr_independent_decay=True a step decays by "
+            "weight_decay * lr / decay_lr, where decay_lr is the lr that the group was added with: "
+            "add it with the largest of its schedule)"
         )
 
 

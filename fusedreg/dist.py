@@ -113,6 +113,14 @@ def total_norm(norms: Mapping[Spread | None, Tensor], group: Any) -> Tensor:
     return _root(squares)
 
 
+def sum_over_parts(spread: Spread | None, values: Tensor) -> Tensor:
+    """The sum over the ranks of which each has another part of a tensor; all of them must call."""
+    if spread is not None:
+        for dim in spread.dims:
+            values = _sum_over(spread.mesh.get_group(dim), values)
+    return values
+
+
 SCALE = {torch.float64: 2.0**530, torch.float32: 2.0**70}
 
 
@@ -145,12 +153,12 @@ def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:
     return squares
 
 
-def _sum_over(group: Any, squares: Tensor) -> Tensor:
+def _sum_over(group: Any, values: Tensor) -> Tensor:
     """The sum over the ranks of a group, on a device that the group can talk from."""
     devices = [device.type for device in group._device_types]
-    summed = squares if squares.device.type in devices else squares.to(devices[0])
+    summed = values if values.device.type in devices else values.to(devices[0])
     torch.distributed.all_reduce(summed, group=group)
-    return summed.to(squares.device)
+    return summed.to(values.device)
 
 
 # ---- plain tensors in parts --------------------------------------------------------------------

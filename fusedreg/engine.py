@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedreg.dist import Spread
+from fusedreg.dist import Spread, sum_over_parts
 from fusedreg.inventory import Inventory, States, is_remote
 from fusedreg.scalars import Flag, Number
-from fusedreg.tables import Bucket, Memory, layout
+from fusedreg.tables import Bucket, Kind, Memory, layout
 
 NOT_BEFORE_CAPTURE = (
     "Cannot capture a step that has to create state, send tables from the host or load kernels: "
@@ -112,14 +112,15 @@ class Plan:
         if known != self.header:
             self.header, self.inventory.stale_lines = known, True
         before = self._skipped_here(skipped)
+        sent: dict[torch.device, list[Tensor]] = {}
         for device, memory in self.memory.items():
             with _current(device):
                 grads = self._send_grads(device, memory)
                 numbers = self._send_numbers(device, memory, header)
                 if grad_norm is not None:
                     self._norms(memory, grads)
-                first = True
                 for bucket, addresses in zip(memory.buckets, grads, strict=True):
+                    first = bucket is memory.buckets[0]
                     self._rows(
                         bucket,
                         addresses,
@@ -130,10 +131,18 @@ class Plan:
                         grad_norm=grad_norm if first else None,
                         skipped=skipped if first else None,
                     )
-                    first = False
-                for bucket, addresses in zip(memory.buckets, grads, strict=True):
+                    self._squares(bucket, addresses, scaled)
+                sent[device] = grads
+        self._sum_squares_over_ranks()
+        for device, memory in self.memory.items():
+            with _current(device):
+                for bucket, addresses in zip(memory.buckets, sent[device], strict=True):
                     self._step(bucket, addresses, scaled)
-        if skip is not True and before == self._skipped_here(skipped):
+        self._finish(moved=skip is not True and before == self._skipped_here(skipped))
+
+    def _finish(self, moved: bool) -> None:
+        """What is left to do on the host, once all is launched."""
+        if moved:
             # As any operation in place does: a backward pass through the old values must fail.
             torch.autograd.graph.increment_version(self.inventory.stepped)
         if not self.capturing():
@@ -207,11 +216,44 @@ class Plan:
             bucket.rows,
             rule=kind.rule,
             states=len(kind.states),
-            counts=len(self.inventory.rule.scalar_states),
-            count=kind.scalar,
+            counts=kind.counts,
             line=len(self.inventory.lines[0]),
             **more,
         )
+
+    def _squares(self, bucket: Bucket, grads: Tensor, scaled: bool) -> None:
+        """Of a layerwise rule: the squares of every tensor and its update, of what is here."""
+        if bucket.squares is None:
+            return
+        if not bucket.table.chunks:
+            bucket.squares.zero_()  # of which the last step made sums over ranks
+            return
+        self.launches += 2
+        bucket.kind.launch.squares(
+            bucket.table,
+            grads,
+            bucket.rows,
+            bucket.partials,
+            bucket.squares,
+            subgradient=bucket.hooks["subgradient"],
+            coupled=bucket.hooks["coupled"],
+            **_compiled_for(bucket.kind, scaled),
+        )
+
+    def _sum_squares_over_ranks(self) -> None:
+        """One all-reduce for each way to be spread, in the order of parameters: as on all ranks."""
+        buckets = [bucket for memory in self.memory.values() for bucket in memory.buckets]
+        for spread in self.inventory.spreads if self.inventory.sharded else ():
+            found = {
+                position: squares
+                for bucket in buckets
+                if bucket.squares is not None and bucket.kind.spread == spread
+                for position, squares in zip(bucket.positions, bucket.squares, strict=True)
+            }
+            if spread is not None and found:
+                here = [found[position] for position in sorted(found)]
+                summed = sum_over_parts(spread, torch.stack([x.to(here[0]) for x in here]))
+                torch._foreach_copy_(here, list(summed))
 
     def _step(self, bucket: Bucket, grads: Tensor, scaled: bool) -> None:
         if not bucket.table.chunks:
@@ -222,16 +264,24 @@ class Plan:
             bucket.table,
             grads,
             bucket.rows,
-            rule=kind.rule,
-            states=len(kind.states),
-            scaled=scaled,
+            bucket.squares,
             shrink=kind.shrink,
-            param=kind.param,
-            grad=kind.grad,
-            state=kind.state,
-            aligned=kind.aligned,
             **bucket.hooks,
+            **_compiled_for(kind, scaled),
         )
+
+
+def _compiled_for(kind: Kind, scaled: bool) -> dict[str, Any]:
+    """What a kernel that walks all elements of a bucket is compiled for."""
+    return {
+        "rule": kind.rule,
+        "states": len(kind.states),
+        "scaled": scaled,
+        "param": kind.param,
+        "grad": kind.grad,
+        "state": kind.state,
+        "aligned": kind.aligned,
+    }
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -45,9 +45,10 @@ class Rule(Protocol):
     tensor_states: tuple[str, ...]
     scalar_states: tuple[str, ...]
     device_options: tuple[str, ...]
+    layerwise: bool
 
-    def device_rule(self, group: Mapping[str, Any]) -> str:
-        """Name of the rule in `fusedreg.kernels.rules`."""
+    def device_rule(self, group: Mapping[str, Any]) -> Any:
+        """The rule, or its name in `fusedreg.kernels.rules`."""
 
     def states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the tensor states that the rule moves."""
@@ -162,7 +163,7 @@ class Inventory:
 
     def _structure(self, group: dict[str, Any], line: list[Number]) -> tuple[Any, ...]:
         """What of a group's options decides which state, rule and hooks its parameters need."""
-        rule, names = self.rule.device_rule(group), self.rule.states(group)
+        rule, names = self.launch.rule_of(self.rule.device_rule(group)), self.rule.states(group)
         hooks = self.launch.penalties([line])
         return rule, names, group["l1_mode"] == "decoupled", group["fused"], hooks
 
@@ -178,6 +179,7 @@ class Inventory:
             subgradient=l1 if mode == "subgradient" else 0.0,
             prox=l1 if mode == "prox" else 0.0,
             shrink=l1 if mode == "decoupled" else 0.0,
+            decay_lr=group["decay_lr"] if group["lr_independent_decay"] else 1.0,
             options=_elements(group[name] for name in self.rule.device_options),
         )
         return [value if is_remote(value) else float(value) for value in line]

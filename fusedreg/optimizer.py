@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -17,6 +18,7 @@ from fusedreg.checks import (
     L1_MODES,
     check_flags,
     check_grad,
+    check_lr_independent_decay,
     check_number,
     check_param,
     check_state_dtype,
@@ -51,6 +53,20 @@ class Own:
     launches: int = 0
 
 
+OPTIONS: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": False,
+    "lr_independent_decay": False,
+    "l1": 0.0,
+    "l1_mode": "prox",
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+    "differentiable": False,
+    "state_dtype": None,
+}
+"""Options of every param group, with the defaults of a class that does not say otherwise."""
+
 LIGHTNING = ("lightning_fabric.plugins.precision.amp", "lightning.fabric.plugins.precision.amp")
 """Where Lightning, under either name, asks whether an optimizer unscales gradients by itself."""
 
@@ -58,20 +74,33 @@ LIGHTNING = ("lightning_fabric.plugins.precision.amp", "lightning.fabric.plugins
 class FusedOptimizer(Optimizer):
     """Base class: clipping, penalties, loss scaling, skipping and checkpoints around one rule.
 
-    A subclass supplies its signature and docstring, the names of its states, `check_group`,
-    `states`, `init_state`, `device_rule`, `direction` and `gain`; docs/adding-an-optimizer.md goes
-    through one. See docs/semantics.md for the order of a step, docs/engine.md for how a device runs
-    it, and :class:`fusedreg.SGD` for the shortest example.
+    A subclass supplies a signature, the names of its states, `direction`, `gain` and `device_rule`;
+    docs/adding-an-optimizer.md goes through two. See docs/semantics.md for the order of a step and
+    docs/engine.md for how a device runs it.
+
+    Args:
+        params: as every optimizer takes them.
+        defaults: `lr` and the options of the subclass, which may differ between groups.
+        max_grad_norm, skip_nonfinite, process_group: as in :class:`fusedreg.SGD`.
+        options: those that every class has: weight_decay, decoupled_weight_decay,
+            lr_independent_decay, l1, l1_mode, maximize, foreach, fused, differentiable and
+            state_dtype, all as in :class:`fusedreg.SGD`.
+
+    Raises:
+        TypeError: there is no such option.
+        ValueError: an option is out of range.
     """
 
-    tensor_states: tuple[str, ...]
+    tensor_states: tuple[str, ...] = ()
     """Names of the states shaped like the parameter."""
-    scalar_states: tuple[str, ...]
+    scalar_states: tuple[str, ...] = ()
     """Names of the 0-dim states."""
     late_states: tuple[str, ...] = ()
     """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
-    device_options: tuple[str, ...]
+    device_options: tuple[str, ...] = ()
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
+    layerwise: bool = False
+    """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
 
     # Class attributes, so that an optimizer pickled by an older version has them too.
     _splitter: str | None = None
@@ -93,10 +122,16 @@ class FusedOptimizer(Optimizer):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        max_grad_norm: float | None,
-        skip_nonfinite: bool,
-        process_group: ProcessGroup | None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
+        **options: Any,
     ) -> None:
+        for name in options.keys() - OPTIONS.keys():
+            who = f"{type(self).__name__}.__init__()"
+            raise TypeError(f"{who} got an unexpected keyword argument {name!r}")
+        defaults = {**OPTIONS, **defaults, **options}
+        defaults["decay_lr"] = _copied(defaults["lr"])
         self._own = Own()
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -106,18 +141,27 @@ class FusedOptimizer(Optimizer):
         super().__init__(params, defaults)
         self._check_norm_is_global()
 
-    # ---- the contract: a subclass overrides all, and extends init_state -------------------------
+    # ---- the contract: a subclass overrides the last three, and of the others what differs -------
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
-        """Raise ValueError where a hyper-parameter of this class is out of range."""
-        raise NotImplementedError
+        """Raise ValueError where an option of this class is out of range.
+
+        Args:
+            group: the options.
+            read_device: whether numbers on an accelerator may be read, which waits for it.
+        """
 
     def states(self, group: Settings) -> tuple[str, ...]:
-        """Those of `tensor_states` that a step of this group moves, in their order."""
-        raise NotImplementedError
+        """Those of `tensor_states` that a step of this group moves, in their order: here all."""
+        return self.tensor_states
 
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Create what `state` lacks for the next step of `param`: here zeros for `states`."""
+        """Create what `state` lacks for the next step of `param`: zeros for `states` and `step`."""
+        if "step" in self.scalar_states and "step" not in state:
+            # float32 is torch's; on the parameter's device nobody has to wait for it.
+            wide = torch.get_default_dtype() == torch.float64 and param.device.type == "cpu"
+            count = torch.float64 if wide else torch.float32
+            state["step"] = torch.zeros((), dtype=count, device=param.device)
         dtype = group["state_dtype"]
         if dtype is not None and param.is_complex():
             dtype = dtype.to_complex()
@@ -127,8 +171,8 @@ class FusedOptimizer(Optimizer):
                     param, dtype=dtype, memory_format=torch.preserve_format
                 )
 
-    def device_rule(self, group: Settings) -> str:
-        """Name of this rule in `fusedreg.kernels.rules`."""
+    def device_rule(self, group: Settings) -> Any:
+        """The rule for kernels: a `fusedreg.kernels.rules.Rule`, or the name of one there."""
         raise NotImplementedError
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
@@ -138,7 +182,8 @@ class FusedOptimizer(Optimizer):
     def gain(self, settings: Settings, state: State) -> Number:
         """Displacement per unit of a constant gradient, over lr, in the new state.
 
-        `lr * gain * l1` is the threshold whose fixed point minimises loss + l1 * |w|.
+        `lr * gain * l1` is the threshold whose fixed point minimises loss + l1 * |w|. Not asked for
+        where `check_group` refuses l1_mode="prox".
         """
         raise NotImplementedError
 
@@ -324,6 +369,7 @@ class FusedOptimizer(Optimizer):
         if old is None or not old.inventory.refresh(self.param_groups, self.state):
             plan = self._plan = None  # so that nothing of the old one is believed
         self._check_norm_is_global()
+        self._check_tensors_are_whole()
         if plan is None:
             rest = self._make_plan(old)
             plan = self._plan
@@ -458,6 +504,15 @@ class FusedOptimizer(Optimizer):
                 f"optimizer_class=functools.partial({type(self).__name__}, process_group=...))"
             )
 
+    def _check_tensors_are_whole(self) -> None:
+        """Raise where norms of tensors are needed and nobody knows of what a part is one."""
+        if self.layerwise and dist.FLATTENED in self._spreads():
+            raise RuntimeError(
+                f"{type(self).__name__} needs the norm of each tensor, but "
+                "FullyShardedDataParallel flattens tensors and gives each rank a part of all: use "
+                "fully_shard, whose DTensors know what they are parts of"
+            )
+
     def _spreads(self) -> Iterable[Spread | None]:
         """How parameters are spread over ranks, each way once, in the same order on all ranks."""
         if self._plan is not None:
@@ -520,7 +575,7 @@ class FusedOptimizer(Optimizer):
             device = param.device
             part = local(param)
             before = part._version
-            # Elementwise, so that the parts which are here are stepped like any tensor.
+            # Elementwise but for sums, so the parts which are here are stepped like any tensor.
             reference.update(
                 self,
                 settings[device],
@@ -529,6 +584,7 @@ class FusedOptimizer(Optimizer):
                 {name: local(value) for name, value in self.state.get(param, {}).items()},
                 number(scale, device),
                 number(skip, device),
+                partial(dist.sum_over_parts, dist.spread_of(param)),
             )
             if part is not param and part._version != before:  # of which a DTensor does not know
                 torch.autograd.graph.increment_version(param)
@@ -545,10 +601,13 @@ class FusedOptimizer(Optimizer):
                 f"Invalid l1_mode value: {group['l1_mode']!r} (expected one of {L1_MODES})"
             )
         check_state_dtype(group["state_dtype"])
+        check_lr_independent_decay(group, read_device)
         self.check_group(group, read_device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; options it lacks take the constructor's values."""
+        if "lr" in param_group:
+            param_group.setdefault("decay_lr", _copied(param_group["lr"]))
         super().add_param_group(param_group)
         try:
             self._check_group(param_group, read_device=True)
@@ -602,9 +661,17 @@ class FusedOptimizer(Optimizer):
             old = {field.name: f"_{field.name}" for field in fields(Own)}  # names before 0.2
             self._own = Own(**{name: state[key] for name, key in old.items() if key in state})
         self._plan = None
+        # Of an older version, which lacked some.
+        self.defaults = {**OPTIONS, "decay_lr": self.defaults.get("lr"), **self.defaults}
         for group in self.param_groups:
+            group.setdefault("decay_lr", _copied(group["lr"]))
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+
+def _copied(lr: Any) -> Any:
+    """A learning rate as it is now, whatever is written into it later."""
+    return lr.detach().clone() if isinstance(lr, Tensor) else lr
 
 
 def _classes(cls: type[FusedOptimizer]) -> Iterator[type[FusedOptimizer]]:

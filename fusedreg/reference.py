@@ -10,7 +10,7 @@ memory formats do not matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,7 @@ class Rule(Protocol):
 
     scalar_states: tuple[str, ...]
     tensor_states: tuple[str, ...]
+    layerwise: bool
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
         """What lr multiplies, and the new state."""
@@ -68,6 +69,7 @@ def update(
     state: dict[str, Any],
     scale: Number,
     skip: Flag,
+    total: Callable[[Tensor], Tensor],
 ) -> None:
     """Step one parameter that has a gradient, in place.
 
@@ -79,6 +81,7 @@ def update(
         state: its state, complete.
         scale: what multiplies the gradient of the loss.
         skip: True where this step must change nothing.
+        total: sums over the ranks of which each has a part of the parameter.
     """
     lr, l1, weight_decay = settings["lr"], settings["l1"], settings["weight_decay"]
     l1_mode, decoupled = settings["l1_mode"], settings["decoupled_weight_decay"]
@@ -90,25 +93,43 @@ def update(
         g = -g
     if l1_mode == "subgradient" and not is_zero(l1):
         g = g + subgradient(w, l1=l1)
-    if not is_zero(weight_decay):
-        if decoupled:
-            w = w * (1 - lr * weight_decay)
-        else:
-            g = g + weight_decay * w
+    if not (decoupled or is_zero(weight_decay)):
+        g = g + weight_decay * w
 
     old = _read(rule, state, param.device, dtype)
     direction, new = rule.direction(settings, old, g)
-    w = w - lr * direction
+    if settings["lr_independent_decay"]:
+        weight_decay = weight_decay / settings["decay_lr"]
+    rate = lr
+    if rule.layerwise:
+        update = direction + weight_decay * w if decoupled else direction
+        rate = lr * trust_ratio(*total(torch.stack([_squares(w), _squares(update)])))
+    if decoupled and not is_zero(weight_decay):
+        w = w * (1 - rate * weight_decay)
+    w = w - rate * direction
 
     if l1_mode == "prox" and not is_zero(l1):
-        w = soft_threshold(w, lr * l1 * rule.gain(settings, new))
+        w = soft_threshold(w, rate * l1 * rule.gain(settings, new))
     if l1_mode == "decoupled" and not is_zero(l1):
-        w = soft_threshold(w, lr * l1)
+        w = soft_threshold(w, rate * l1)
 
     for name, moved in new.items():
         store(as_real(state[name]), moved, skip)
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
     store(as_real(param), w, skip | (lr == 0))
+
+
+def trust_ratio(w_squares: Tensor, update_squares: Tensor) -> Number:
+    """||w|| / ||update||, and 1 where either is 0, from the sums of their squares."""
+    either = (w_squares == 0) | (update_squares == 0)
+    ratio = torch.where(either, 1.0, w_squares.sqrt() / update_squares.sqrt())
+    trust: Number = number(ratio, ratio.device)
+    return trust
+
+
+def _squares(x: Tensor) -> Tensor:
+    wide = x.to(wide_dtype(x.device))
+    return (wide * wide).sum()
 
 
 def _read(rule: Rule, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> State:

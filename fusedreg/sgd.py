@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
-from fusedreg.dist import whole
+from fusedreg.momentum import check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.reference import Settings, State
-from fusedreg.scalars import Flag, Number, is_zero, wide_dtype
+from fusedreg.scalars import Flag, Number, is_zero
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,6 +30,7 @@ class SGD(FusedOptimizer):
         g = g + l1 * sign(w)                      if l1_mode == "subgradient"
         g = g + weight_decay * w                  if not decoupled_weight_decay
         w = w * (1 - lr * weight_decay)           if decoupled_weight_decay
+        w = w * (1 - lr/decay_lr * weight_decay)  if lr_independent_decay too
         b = g                                     first step of this parameter
         b = momentum * b + (1 - dampening) * g    later
         u = g                                     if momentum == 0
@@ -57,6 +58,9 @@ class SGD(FusedOptimizer):
         differentiable: must be False.
         decoupled_weight_decay: shrink w instead of adding to g. With momentum its fixed point is
             that of a ridge penalty of weight_decay * (1 - momentum) / (1 - dampening).
+        lr_independent_decay: shrink w by the fraction weight_decay * lr / decay_lr, where the
+            group's `decay_lr` is the lr that it was added with; needs decoupled_weight_decay. So
+            the decay follows the schedule of lr, but not its size.
         l1: weight of the L1 penalty, >= 0, in the units of the loss per unit of weight.
         l1_mode: what l1 does. "prox": the fixed point minimises loss + l1 * ||w||_1, with exact
             zeros. "decoupled": shrinks by lr * l1, so with momentum the fixed point is that of
@@ -117,6 +121,7 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        lr_independent_decay: bool = False,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
@@ -135,6 +140,7 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "lr_independent_decay": lr_independent_decay,
             "l1": l1,
             "l1_mode": l1_mode,
             "state_dtype": state_dtype,
@@ -157,13 +163,7 @@ class SGD(FusedOptimizer):
             raise ValueError(f"Invalid dampening value: {dampening} (expected a number)")
         if group["nesterov"] and (is_zero(group["momentum"]) or not is_zero(group["dampening"])):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        if _is_thresholded(group) and not is_zero(group["momentum"]):
-            for name in ("momentum", "dampening"):
-                if not group[name] < 1:
-                    raise ValueError(
-                        f"Invalid {name} value: {group[name]} (l1_mode='prox' needs it below 1, "
-                        "because lr * l1 * (1 - dampening) / (1 - momentum) is its threshold)"
-                    )
+        check_mass_is_finite(group, "momentum", "dampening")
 
     def states(self, group: Settings) -> tuple[str, ...]:
         """The buffer where there is momentum."""
@@ -172,19 +172,13 @@ class SGD(FusedOptimizer):
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create the buffer, and the momentum mass where it is needed."""
         momentum, dampening = group["momentum"], group["dampening"]
-        fresh = "momentum_buffer" not in state
+        buffer = state.get("momentum_buffer")
         super().init_state(group, param, state)
         if is_zero(momentum) or "momentum_mass" in state:
             return
         # The first gradient enters the buffer undamped; only the mass tells which is the first.
-        if _is_thresholded(group) or (fresh and not is_zero(dampening)):
-            mass = torch.zeros((), dtype=wide_dtype(param.device), device=param.device)
-            if not fresh:
-                # The buffer was made before l1 was turned on: take it as warmed up, unless it is
-                # all zeros, because the first step was skipped.
-                warm = whole(state["momentum_buffer"].any())
-                mass = torch.where(warm, mass + (1 - dampening) / (1 - momentum), mass)
-            state["momentum_mass"] = mass
+        if is_thresholded(group) or (buffer is None and not is_zero(dampening)):
+            state["momentum_mass"] = initial_mass(param, buffer, momentum, dampening)
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.rules`."""
@@ -214,11 +208,6 @@ class SGD(FusedOptimizer):
             return 1.0
         mass: Number = state["momentum_mass"]
         return 1 + momentum * mass if settings["nesterov"] else mass
-
-
-def _is_thresholded(group: Settings) -> bool:
-    """Whether the momentum mass sets an L1 threshold in this group."""
-    return group["l1_mode"] == "prox" and not is_zero(group["l1"])
 
 
 def _select(condition: Flag, chosen: Any, otherwise: Any) -> Any:

@@ -21,13 +21,14 @@ class Kind(NamedTuple):
 
     launch: Any  # the module that does
     device: torch.device
-    rule: str
+    rule: Any
+    layerwise: bool
     states: tuple[str, ...]
     shrink: bool  # one L1 threshold for all elements, whatever the gain of each
     param: torch.dtype
     grad: torch.dtype
     state: torch.dtype
-    scalar: torch.dtype
+    counts: tuple[torch.dtype, ...]
     aligned: bool
     spread: Spread | None  # over ranks; the norms of those alike are summed alike
 
@@ -47,6 +48,10 @@ class Bucket:
     """Where its chunks begin among the partial norms of the device."""
     first_tensor: int
     """Where its tensors begin among the gradient addresses of the device."""
+    partials: Tensor | None
+    """Of a layerwise rule: sums of squares of each chunk, of the parameter and of its update."""
+    squares: Tensor | None
+    """The same of each tensor."""
 
     def grads_in(self, grads: Tensor) -> Tensor:
         """The addresses of its gradients among those of the device."""
@@ -82,17 +87,18 @@ def _kind(
 ) -> Kind:
     param = inventory.params[position]
     rule, names, shrink, *_ = inventory.structure[inventory.group_of[position]]
-    counts = [state[name].dtype for name in inventory.rule.scalar_states if name in state]
+    counts = [state.get(name) for name in inventory.rule.scalar_states]
     return Kind(
         launch=inventory.launchers[position],
         device=param.device,
         rule=rule,
+        layerwise=inventory.rule.layerwise,
         states=names,
         shrink=shrink,
         param=param.dtype,
         grad=inventory.grad_dtypes[position],
         state=state[names[0]].dtype if names else param.dtype,
-        scalar=counts[0] if counts else torch.float64,
+        counts=tuple(torch.float64 if count is None else count.dtype for count in counts),
         aligned=inventory.is_aligned[position],
         spread=spread,
     )
@@ -114,7 +120,13 @@ def _memory(
         table = kind.launch.build(slots, numels, groups, device)
         rows = torch.empty(len(positions), launch.ROW, dtype=torch.float64, device=device)
         hooks = launch.penalties([inventory.lines[group] for group in set(groups)])
-        buckets.append(Bucket(kind, positions, hooks, table, rows, chunks, tensors))
+        partials, squares = (
+            torch.zeros(count, 2, dtype=torch.float64, device=device) if kind.layerwise else None
+            for count in (table.chunks, len(positions))
+        )
+        buckets.append(
+            Bucket(kind, positions, hooks, table, rows, chunks, tensors, partials, squares)
+        )
         chunks += table.chunks
         # An even number, because triton compiles for the alignment of where the next one begins.
         tensors += len(positions) + len(positions) % 2

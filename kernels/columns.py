@@ -27,7 +27,8 @@ DECOUPLED = tl.constexpr(3)
 SUBGRADIENT = tl.constexpr(4)  # l1, in one of the three
 PROX = tl.constexpr(5)
 SHRINK = tl.constexpr(6)
-OPTIONS = tl.constexpr(7)  # the rule's own
+DECAY_LR = tl.constexpr(7)  # divides DECOUPLED; 1 where lr shall multiply the decay
+OPTIONS = tl.constexpr(8)  # the rule's own
 
 # A row.
 ACTIVE = tl.constexpr(0)  # 0: this tensor does not move
@@ -35,7 +36,7 @@ ROW_SCALE = tl.constexpr(1)
 ROW_LR = tl.constexpr(2)
 ROW_L1 = tl.constexpr(3)
 ROW_L2 = tl.constexpr(4)
-ROW_DECAY = tl.constexpr(5)
+ROW_DECAY = tl.constexpr(5)  # decoupled, without lr
 ROW_THRESHOLD = tl.constexpr(6)
 ROW_RULE = tl.constexpr(7)
 ROW = tl.constexpr(16)
@@ -55,11 +56,12 @@ def line(
     subgradient: Any,
     prox: Any,
     shrink: Any,
+    decay_lr: Any,
     options: Iterable[Any],
 ) -> list[Any]:
     """What the host says of one param group."""
     sign = -1.0 if maximize else 1.0
-    return [lr, sign, coupled, decoupled, subgradient, prox, shrink, *options]
+    return [lr, sign, coupled, decoupled, subgradient, prox, shrink, decay_lr, *options]
 
 
 def penalties(lines: Iterable[Sequence[Any]]) -> dict[str, bool]:

@@ -1,9 +1,13 @@
-"""The one step kernel: it walks a pointer table, calls rule and hooks on registers, and stores.
+"""The step kernel: it walks a pointer table, calls rule and hooks on registers, and stores.
 
 A program takes one chunk of one tensor: `owners[program]` is the tensor, whose addresses stand in
 the table and whose numbers stand in its row (rows.py writes them just before). Full blocks are
 loaded and stored without a mask, because only that gives 16-byte accesses; the last block of a
 tensor is masked. All offsets are int64.
+
+A layerwise rule needs two sums over each tensor before anything of it moves. squares_kernel walks
+the same table for them and stores nothing else: computing the direction twice costs fewer bytes
+than storing and loading it.
 """
 
 from __future__ import annotations
@@ -26,11 +30,52 @@ from fusedreg.kernels.memory import load, pointer, store
 
 
 @triton.jit
+def direction_block(
+    param_ptr,
+    grad_ptr,
+    state_ptrs,
+    row,
+    offsets,
+    numel,
+    RULE: tl.constexpr,
+    COUNT: tl.constexpr,
+    SUBGRADIENT: tl.constexpr,
+    COUPLED: tl.constexpr,
+    SCALED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """What one block of elements moves along: w, direction, gain and new states."""
+    w = load(param_ptr, offsets, numel, FULL).to(COMPUTE)
+    g = load(grad_ptr, offsets, numel, FULL)
+    states = ()
+    for i in tl.static_range(len(state_ptrs)):
+        states = states + (load(state_ptrs[i], offsets, numel, FULL).to(COMPUTE),)
+    scalars = ()
+    for i in tl.static_range(COUNT):
+        scalars = scalars + (tl.load(row + ROW_RULE + i).to(COMPUTE),)
+
+    scale = tl.load(row + ROW_SCALE)
+    if SCALED:
+        # In float64: a float32 factor below 1.2e-38 would be subnormal.
+        g = (g.to(tl.float64) * scale).to(COMPUTE)
+    else:
+        g = g.to(COMPUTE) * scale.to(COMPUTE)  # 1, or -1 to maximize
+    if SUBGRADIENT is not None:
+        g = SUBGRADIENT(g, w, tl.load(row + ROW_L1).to(COMPUTE))
+    if COUPLED is not None:
+        g = COUPLED(g, w, tl.load(row + ROW_L2).to(COMPUTE))
+    direction, gain, states = RULE(g, states, scalars)
+    return w, direction, gain, states
+
+
+@triton.jit
 def step_block(
     param_ptr,
     grad_ptr,
     state_ptrs,
     row,
+    trust,
     offsets,
     numel,
     RULE: tl.constexpr,
@@ -44,37 +89,38 @@ def step_block(
     FULL: tl.constexpr,
 ):
     """One step of one block of elements."""
-    w = load(param_ptr, offsets, numel, FULL).to(COMPUTE)
-    g = load(grad_ptr, offsets, numel, FULL)
-    states = ()
-    for i in tl.static_range(len(state_ptrs)):
-        states = states + (load(state_ptrs[i], offsets, numel, FULL).to(COMPUTE),)
-    scalars = ()
-    for i in tl.static_range(COUNT):
-        scalars = scalars + (tl.load(row + ROW_RULE + i).to(COMPUTE),)
-    lr = tl.load(row + ROW_LR).to(COMPUTE)
-
-    scale = tl.load(row + ROW_SCALE)
-    if SCALED:
-        # In float64: a float32 factor below 1.2e-38 would be subnormal.
-        g = (g.to(tl.float64) * scale).to(COMPUTE)
-    else:
-        g = g.to(COMPUTE) * scale.to(COMPUTE)  # 1, or -1 to maximize
-    if SUBGRADIENT is not None:
-        g = SUBGRADIENT(g, w, tl.load(row + ROW_L1).to(COMPUTE))
-    if COUPLED is not None:
-        g = COUPLED(g, w, tl.load(row + ROW_L2).to(COMPUTE))
+    w, direction, gain, states = direction_block(
+        param_ptr, grad_ptr, state_ptrs, row, offsets, numel,
+        RULE, COUNT, SUBGRADIENT, COUPLED, SCALED, COMPUTE, FULL,
+    )  # fmt: skip
+    lr = tl.load(row + ROW_LR)
+    rate = lr * trust
     if DECOUPLED is not None:
-        w = DECOUPLED(w, tl.load(row + ROW_DECAY).to(COMPUTE))
-    direction, gain, states = RULE(g, states, scalars)
-    w = w - lr * direction
+        w = DECOUPLED(w, (1.0 - rate * tl.load(row + ROW_DECAY)).to(COMPUTE))
+    w = w - rate.to(COMPUTE) * direction
     if PROX is not None:
-        w = PROX(w, tl.load(row + ROW_THRESHOLD).to(COMPUTE), gain)
+        w = PROX(w, (tl.load(row + ROW_THRESHOLD) * trust).to(COMPUTE), gain)
 
-    if lr != 0.0:  # lr = 0 must leave every bit, of -0.0 and inf too
+    if lr.to(COMPUTE) != 0.0:  # lr = 0 must leave every bit, of -0.0 and inf too
         store(param_ptr, offsets, numel, w, FULL)
     for i in tl.static_range(len(state_ptrs)):
         store(state_ptrs[i], offsets, numel, states[i], FULL)
+
+
+@triton.jit
+def pointers(
+    addresses, grads, tensor, tensors,
+    STATES: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Where a tensor, its gradient and its states are."""
+    state_ptrs = ()
+    for i in tl.static_range(STATES):
+        slot = addresses + (i + 1) * tensors + tensor
+        state_ptrs = state_ptrs + (pointer(slot, STATE, ALIGNED),)
+    param_ptr = pointer(addresses + tensor, PARAM, ALIGNED)
+    grad_ptr = pointer(grads + tensor, GRAD, ALIGNED)
+    return param_ptr, grad_ptr, state_ptrs
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -85,6 +131,7 @@ def step_kernel(
     first_chunks,
     owners,
     rows,
+    squares,
     tensors,
     RULE: tl.constexpr,
     COUNT: tl.constexpr,
@@ -93,6 +140,7 @@ def step_kernel(
     COUPLED: tl.constexpr,
     DECOUPLED: tl.constexpr,
     PROX: tl.constexpr,
+    TRUST: tl.constexpr,
     SCALED: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -109,22 +157,130 @@ def step_kernel(
     if tl.load(row + ACTIVE) != 0.0:
         numel = tl.load(numels + tensor)
         begin = (chunk - tl.load(first_chunks + tensor)).to(tl.int64) * CHUNK
-        param_ptr = pointer(addresses + tensor, PARAM, ALIGNED)
-        grad_ptr = pointer(grads + tensor, GRAD, ALIGNED)
-        state_ptrs = ()
-        for i in tl.static_range(STATES):
-            slot = addresses + (i + 1) * tensors + tensor
-            state_ptrs = state_ptrs + (pointer(slot, STATE, ALIGNED),)
+        param_ptr, grad_ptr, state_ptrs = pointers(
+            addresses, grads, tensor, tensors, STATES, PARAM, GRAD, STATE, ALIGNED
+        )
+        trust = 1.0
+        if TRUST is not None:
+            trust = TRUST(tl.load(squares + 2 * tensor), tl.load(squares + 2 * tensor + 1))
         for start in range(0, CHUNK, BLOCK):
             offsets = begin + start + tl.arange(0, BLOCK)
             if begin + start + BLOCK <= numel:
                 step_block(
-                    param_ptr, grad_ptr, state_ptrs, row, offsets, numel,
+                    param_ptr, grad_ptr, state_ptrs, row, trust, offsets, numel,
                     RULE, COUNT, SUBGRADIENT, COUPLED, DECOUPLED, PROX, SCALED, COMPUTE, True,
                 )  # fmt: skip
         rest = begin + tl.minimum(numel - begin, CHUNK) // BLOCK * BLOCK
         if rest < tl.minimum(begin + CHUNK, numel):
             step_block(
-                param_ptr, grad_ptr, state_ptrs, row, rest + tl.arange(0, BLOCK), numel,
+                param_ptr, grad_ptr, state_ptrs, row, trust, rest + tl.arange(0, BLOCK), numel,
                 RULE, COUNT, SUBGRADIENT, COUPLED, DECOUPLED, PROX, SCALED, COMPUTE, False,
             )  # fmt: skip
+
+
+# ---- layerwise -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def squares_of_block(
+    param_ptr,
+    grad_ptr,
+    state_ptrs,
+    row,
+    offsets,
+    numel,
+    RULE: tl.constexpr,
+    COUNT: tl.constexpr,
+    SUBGRADIENT: tl.constexpr,
+    COUPLED: tl.constexpr,
+    SCALED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Sums of squares of one block of w and of its update, direction + weight_decay * w."""
+    w, direction, _, _ = direction_block(
+        param_ptr, grad_ptr, state_ptrs, row, offsets, numel,
+        RULE, COUNT, SUBGRADIENT, COUPLED, SCALED, COMPUTE, FULL,
+    )  # fmt: skip
+    update = (direction + tl.load(row + ROW_DECAY).to(COMPUTE) * w).to(tl.float64)
+    if not FULL:
+        update = tl.where(offsets < numel, update, 0.0)
+    w = w.to(tl.float64)
+    return tl.sum(w * w, 0), tl.sum(update * update, 0)
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def squares_kernel(
+    addresses,
+    grads,
+    numels,
+    first_chunks,
+    owners,
+    rows,
+    partials,
+    tensors,
+    RULE: tl.constexpr,
+    COUNT: tl.constexpr,
+    STATES: tl.constexpr,
+    SUBGRADIENT: tl.constexpr,
+    COUPLED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """partials[2 * chunk], partials[2 * chunk + 1] = sums of squares; 0 where nothing moves."""
+    chunk = tl.program_id(0)
+    tensor = tl.load(owners + chunk)
+    row = rows + tensor * ROW
+    of_param = tl.full((), 0.0, tl.float64)
+    of_update = tl.full((), 0.0, tl.float64)
+    if tl.load(row + ACTIVE) != 0.0:
+        numel = tl.load(numels + tensor)
+        begin = (chunk - tl.load(first_chunks + tensor)).to(tl.int64) * CHUNK
+        param_ptr, grad_ptr, state_ptrs = pointers(
+            addresses, grads, tensor, tensors, STATES, PARAM, GRAD, STATE, ALIGNED
+        )
+        for start in range(0, CHUNK, BLOCK):
+            offsets = begin + start + tl.arange(0, BLOCK)
+            if begin + start + BLOCK <= numel:
+                first, second = squares_of_block(
+                    param_ptr, grad_ptr, state_ptrs, row, offsets, numel,
+                    RULE, COUNT, SUBGRADIENT, COUPLED, SCALED, COMPUTE, True,
+                )  # fmt: skip
+                of_param += first
+                of_update += second
+        rest = begin + tl.minimum(numel - begin, CHUNK) // BLOCK * BLOCK
+        if rest < tl.minimum(begin + CHUNK, numel):
+            first, second = squares_of_block(
+                param_ptr, grad_ptr, state_ptrs, row, rest + tl.arange(0, BLOCK), numel,
+                RULE, COUNT, SUBGRADIENT, COUPLED, SCALED, COMPUTE, False,
+            )  # fmt: skip
+            of_param += first
+            of_update += second
+    tl.store(partials + 2 * chunk, of_param)
+    tl.store(partials + 2 * chunk + 1, of_update)
+
+
+@triton.jit
+def fold_kernel(
+    partials, numels, first_chunks, squares, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """squares[2 * tensor], squares[2 * tensor + 1] = sums over the chunks of a tensor, in order."""
+    tensor = tl.program_id(0)
+    first = partials + 2 * tl.load(first_chunks + tensor).to(tl.int64)
+    chunks = tl.cdiv(tl.load(numels + tensor), CHUNK)
+    of_param = tl.zeros((BLOCK,), tl.float64)
+    of_update = tl.zeros((BLOCK,), tl.float64)
+    start = tl.full((), 0, tl.int64)
+    while start < chunks:
+        chunk = start + tl.arange(0, BLOCK)
+        of_param += tl.load(first + 2 * chunk, mask=chunk < chunks, other=0.0)
+        of_update += tl.load(first + 2 * chunk + 1, mask=chunk < chunks, other=0.0)
+        start += BLOCK
+    tl.store(squares + 2 * tensor, tl.sum(of_param, 0))
+    tl.store(squares + 2 * tensor + 1, tl.sum(of_update, 0))

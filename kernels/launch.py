@@ -1,7 +1,8 @@
-"""Grid and launch options of the three kernels.
+"""Grid and launch options of the kernels.
 
 With clipping a step is `norms`, `rows` and `step`, without it `rows` and `step`: whatever the
-number of tensors and param groups, as long as their dtypes are the same.
+number of tensors and param groups, as long as their dtypes are the same. A layerwise rule has
+`squares`, of two launches, before its `step`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
 from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
 from fusedreg.kernels.columns import ROW as ROW_WIDTH
 from fusedreg.kernels.columns import header, line, penalties
-from fusedreg.kernels.engine import step_kernel
+from fusedreg.kernels.engine import fold_kernel, squares_kernel, step_kernel
 from fusedreg.kernels.norms import norm_kernel
 from fusedreg.kernels.rows import rows_kernel
-from fusedreg.kernels.rules import RULES
+from fusedreg.kernels.rules import Rule, rule_of, trust_ratio
 from fusedreg.kernels.table import CHUNK, Table, build, constants, send
 
 __all__ = [
     "DTYPES", "HEADER", "NAME", "ROW", "build", "constants", "header", "line", "norms", "penalties",
-    "rows", "run", "send", "step",
+    "rows", "rule_of", "run", "send", "squares", "step",
 ]  # fmt: skip
 
 NAME = "triton"
@@ -98,10 +99,9 @@ def rows(
     numbers: Tensor,
     out: Tensor,
     *,
-    rule: str,
+    rule: Rule,
     states: int,
-    counts: int,
-    count: torch.dtype,
+    counts: tuple[torch.dtype, ...],
     line: int,
     partials: Tensor | None = None,
     grad_scale: Tensor | None = None,
@@ -115,9 +115,9 @@ def rows(
         table, grads: as for `norms`.
         numbers: float64, the header and a line for each group; see rows.py.
         out: float64, (tensors, ROW), written.
-        rule: name in `RULES`.
-        states, counts: how many tensor states and counts the table has.
-        count: dtype of the counts.
+        rule: the device functions.
+        states: how many tensor states the table has.
+        counts: dtypes of the counts that follow them.
         line: numbers of a group.
         partials: norms of all chunks of this device, of other tables too; None computes no norm.
         grad_scale, found_inf: one-element tensors on this device, or None.
@@ -138,14 +138,74 @@ def rows(
         grad_norm,
         skipped,
         table.tensors,
-        SCALARS=RULES[rule].scalars,
-        COUNT=RULES[rule].width,
+        SCALARS=rule.scalars,
+        COUNT=rule.width,
         STATES=states,
-        COUNTS=counts,
-        COUNT_DTYPE=DTYPES[count],
+        COUNT_DTYPES=tuple(DTYPES[count] for count in counts),
         OPTION_COUNT=line - LINE_WIDTH.value,
         BLOCK=ROWS_BLOCK,
         FOLD=FOLD_BLOCK,
+    )
+
+
+def squares(
+    table: Table,
+    grads: Tensor,
+    rows: Tensor,
+    partials: Tensor,
+    out: Tensor,
+    *,
+    rule: Rule,
+    states: int,
+    subgradient: bool,
+    coupled: bool,
+    scaled: bool,
+    param: torch.dtype,
+    grad: torch.dtype,
+    state: torch.dtype,
+    aligned: bool,
+) -> None:
+    """Write the sums of squares of every tensor and of its update; changes nothing else.
+
+    Args:
+        table, grads, rows: as for `step`, like what is not listed here.
+        partials: float64, (chunks, 2), written.
+        out: float64, (tensors, 2), written; 0 where there is no gradient.
+    """
+    run(
+        squares_kernel,
+        table.chunks,
+        table.addresses,
+        grads,
+        table.numels,
+        table.first_chunks,
+        table.owners,
+        rows,
+        partials,
+        table.tensors,
+        RULE=rule.tile,
+        COUNT=rule.width,
+        STATES=states,
+        SUBGRADIENT=penalty.l1_subgradient if subgradient else None,
+        COUPLED=penalty.coupled if coupled else None,
+        SCALED=scaled,
+        PARAM=DTYPES[param],
+        GRAD=DTYPES[grad],
+        STATE=DTYPES[state],
+        COMPUTE=_compute(param),
+        ALIGNED=aligned,
+        CHUNK=CHUNK,
+        BLOCK=block_of(param),
+    )
+    run(
+        fold_kernel,
+        table.tensors,
+        partials,
+        table.numels,
+        table.first_chunks,
+        out,
+        CHUNK=CHUNK,
+        BLOCK=FOLD_BLOCK,
     )
 
 
@@ -153,8 +213,9 @@ def step(
     table: Table,
     grads: Tensor,
     rows: Tensor,
+    squares: Tensor | None,
     *,
-    rule: str,
+    rule: Rule,
     states: int,
     subgradient: bool,
     coupled: bool,
@@ -172,6 +233,8 @@ def step(
     Args:
         table, grads, aligned: as for `norms`.
         rows: what the function of that name wrote.
+        squares: what the function of that name wrote, for a layerwise rule, summed over ranks;
+            None for any other.
         rule, states: as for `rows`.
         subgradient, coupled, decoupled, prox: which hooks any of the groups needs.
         shrink: whether the L1 threshold leaves out the gain of each element.
@@ -187,20 +250,26 @@ def step(
         table.first_chunks,
         table.owners,
         rows,
+        squares,
         table.tensors,
-        RULE=RULES[rule].tile,
-        COUNT=RULES[rule].width,
+        RULE=rule.tile,
+        COUNT=rule.width,
         STATES=states,
         SUBGRADIENT=penalty.l1_subgradient if subgradient else None,
         COUPLED=penalty.coupled if coupled else None,
         DECOUPLED=penalty.decoupled if decoupled else None,
         PROX=(penalty.shrink if shrink else penalty.prox) if prox else None,
+        TRUST=None if squares is None else trust_ratio,
         SCALED=scaled,
         PARAM=DTYPES[param],
         GRAD=DTYPES[grad],
         STATE=DTYPES[state],
-        COMPUTE=tl.float64 if param == torch.float64 else tl.float32,
+        COMPUTE=_compute(param),
         ALIGNED=aligned,
         CHUNK=CHUNK,
         BLOCK=block_of(param),
     )
+
+
+def _compute(param: torch.dtype) -> Any:
+    return tl.float64 if param == torch.float64 else tl.float32

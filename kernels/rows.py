@@ -14,6 +14,7 @@ import triton.language as tl
 from fusedreg.kernels.columns import (
     ACTIVE,
     COUPLED,
+    DECAY_LR,
     DECOUPLED,
     HEADER,
     LR,
@@ -55,8 +56,7 @@ def rows_kernel(
     SCALARS: tl.constexpr,
     COUNT: tl.constexpr,
     STATES: tl.constexpr,
-    COUNTS: tl.constexpr,
-    COUNT_DTYPE: tl.constexpr,
+    COUNT_DTYPES: tl.constexpr,
     OPTION_COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
@@ -91,25 +91,26 @@ def rows_kernel(
     for i in tl.static_range(OPTION_COUNT):
         options = options + (tl.load(line + OPTIONS + i),)
     counts = ()
-    for i in tl.static_range(COUNTS):
+    for i in tl.static_range(len(COUNT_DTYPES)):
         address = tl.load(addresses + (1 + STATES + i) * tensors + tensor, mask=inside, other=0)
-        ptr = address.to(tl.pointer_type(COUNT_DTYPE))
+        ptr = address.to(tl.pointer_type(COUNT_DTYPES[i]))
         counts = counts + (tl.load(ptr, mask=address != 0, other=1.0).to(tl.float64),)
     gain, scalars, new = SCALARS(options, counts)
 
     lr = tl.load(line + LR)
     row = rows + tensor * ROW
     threshold = lr * tl.load(line + PROX) * gain + lr * tl.load(line + SHRINK)
+    decay = tl.load(line + DECOUPLED) / tl.load(line + DECAY_LR)
     tl.store(row + ACTIVE, active.to(tl.float64), mask=inside)
     tl.store(row + ROW_SCALE, tl.load(line + SIGN) * scale, mask=inside)
     tl.store(row + ROW_LR, lr, mask=inside)
     tl.store(row + ROW_L1, tl.load(line + SUBGRADIENT), mask=inside)
     tl.store(row + ROW_L2, tl.load(line + COUPLED), mask=inside)
-    tl.store(row + ROW_DECAY, 1.0 - lr * tl.load(line + DECOUPLED), mask=inside)
+    tl.store(row + ROW_DECAY, decay, mask=inside)
     tl.store(row + ROW_THRESHOLD, threshold, mask=inside)
     for i in tl.static_range(COUNT):
         tl.store(row + ROW_RULE + i, scalars[i] + tl.zeros((BLOCK,), tl.float64), mask=inside)
-    for i in tl.static_range(COUNTS):
+    for i in tl.static_range(len(COUNT_DTYPES)):
         address = tl.load(addresses + (1 + STATES + i) * tensors + tensor, mask=inside, other=0)
-        ptr = address.to(tl.pointer_type(COUNT_DTYPE))
-        tl.store(ptr, new[i].to(COUNT_DTYPE), mask=active & (address != 0))
+        ptr = address.to(tl.pointer_type(COUNT_DTYPES[i]))
+        tl.store(ptr, new[i].to(COUNT_DTYPES[i]), mask=active & (address != 0))

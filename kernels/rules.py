@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fusedreg.kernels.columns import ROW, ROW_RULE
 from fusedreg.kernels.language import tl, triton
 
 
@@ -156,6 +157,132 @@ def adam_amsgrad(g, states, scalars):
     return direction, gain, (m, v, largest)
 
 
+# ---- RMSprop -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rmsprop_scalars(options, counts):
+    """t = t + 1; the mass of an unused momentum stays."""
+    alpha, eps, momentum = options
+    return 1.0, (alpha, 1.0 - alpha, eps, momentum), (counts[0] + 1.0, counts[1])
+
+
+@triton.jit
+def rmsprop_momentum_scalars(options, counts):
+    """The same with c = momentum * c + 1: what b makes of a constant direction of 1."""
+    _, scalars, counts = rmsprop_scalars(options, counts)
+    mass = options[2] * counts[1] + 1.0
+    return mass, scalars, (counts[0], mass)
+
+
+@triton.jit
+def mean_square(g, v, scalars):
+    """v = alpha * v + (1 - alpha) * g**2."""
+    return scalars[0] * v + scalars[1] * g * g
+
+
+@triton.jit
+def scaled_by_root(g, seen, square, eps):
+    """g / (sqrt(square) + eps), and 1 / (sqrt(square) + eps) where anything was `seen`.
+
+    Nothing moves where the root and eps are 0.
+    """
+    d = square_root(square) + eps
+    direction = tl.where(d == 0.0, 0.0, divide(g, d))
+    gain = tl.where((seen == 0.0) | (d == 0.0), 0.0, reciprocal(d))
+    return direction, gain
+
+
+@triton.jit
+def rmsprop(g, states, scalars):
+    """u = g / (sqrt(v) + eps)."""
+    v = mean_square(g, states[0], scalars)
+    direction, gain = scaled_by_root(g, v, v, scalars[2])
+    return direction, gain, (v,)
+
+
+@triton.jit
+def rmsprop_momentum(g, states, scalars):
+    """b = momentum * b + g / (sqrt(v) + eps) and u = b."""
+    direction, gain, moved = rmsprop(g, states, scalars)
+    b = scalars[3] * states[1] + direction
+    return b, gain, (moved[0], b)
+
+
+@triton.jit
+def variance(g, v, a, scalars):
+    """a = alpha * a + (1 - alpha) * g, and v - a**2, at least 0: rounded it may be less."""
+    a = a + scalars[1] * (g - a)
+    square = tl.maximum(v - a * a, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return a, square
+
+
+@triton.jit
+def rmsprop_centered(g, states, scalars):
+    """u = g / (sqrt(v - a**2) + eps)."""
+    v = mean_square(g, states[0], scalars)
+    a, square = variance(g, v, states[1], scalars)
+    direction, gain = scaled_by_root(g, v, square, scalars[2])
+    return direction, gain, (v, a)
+
+
+@triton.jit
+def rmsprop_centered_momentum(g, states, scalars):
+    """b = momentum * b + g / (sqrt(v - a**2) + eps) and u = b."""
+    direction, gain, moved = rmsprop_centered(g, (states[0], states[2]), scalars)
+    b = scalars[3] * states[1] + direction
+    return b, gain, (moved[0], b, moved[1])
+
+
+# ---- Adagrad -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adagrad_scalars(options, counts):
+    """t = t + 1 and 1 + (t - 1) * lr_decay, which divides lr."""
+    lr_decay, eps = options
+    return 1.0, (1.0 + counts[0] * lr_decay, eps), (counts[0] + 1.0,)
+
+
+@triton.jit
+def adagrad(g, states, scalars):
+    """s = s + g**2 and u = g / (sqrt(s) + eps) / (1 + (t - 1) * lr_decay)."""
+    slowed, eps = scalars
+    s = states[0] + g * g
+    direction, gain = scaled_by_root(g, s, s, eps)
+    return divide(direction, slowed), divide(gain, slowed), (s,)
+
+
+# ---- Lion ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def lion_scalars(options, counts):
+    """The weights of both averages."""
+    beta1, beta2 = options
+    return 1.0, (beta1, 1.0 - beta1, 1.0 - beta2), counts
+
+
+@triton.jit
+def lion(g, states, scalars):
+    """u = sign(beta1 * m + (1 - beta1) * g), then m = beta2 * m + (1 - beta2) * g."""
+    beta1, complement1, complement2 = scalars
+    m = states[0]
+    u = beta1 * m + complement1 * g
+    direction = tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, u * 0.0))  # of NaN: NaN
+    return direction, 1.0, (m + complement2 * (g - m),)
+
+
+# ---- layerwise -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def trust_ratio(param_squares, update_squares):
+    """||w|| / ||update||, and 1 where either is 0, from the sums of their squares."""
+    ratio = divide(square_root(param_squares), square_root(update_squares))
+    return tl.where((param_squares == 0.0) | (update_squares == 0.0), 1.0, ratio)
+
+
 class Rule(NamedTuple):
     """The two device functions of a rule and how many scalars pass from one to the other."""
 
@@ -170,4 +297,24 @@ RULES = {
     "sgd_nesterov": Rule(sgd_nesterov_scalars, sgd_nesterov, 2),
     "adam": Rule(adam_scalars, adam, 6),
     "adam_amsgrad": Rule(adam_scalars, adam_amsgrad, 6),
+    "rmsprop": Rule(rmsprop_scalars, rmsprop, 4),
+    "rmsprop_momentum": Rule(rmsprop_momentum_scalars, rmsprop_momentum, 4),
+    "rmsprop_centered": Rule(rmsprop_scalars, rmsprop_centered, 4),
+    "rmsprop_centered_momentum": Rule(rmsprop_momentum_scalars, rmsprop_centered_momentum, 4),
+    "adagrad": Rule(adagrad_scalars, adagrad, 2),
+    "lion": Rule(lion_scalars, lion, 3),
 }
+
+WIDEST: int = ROW.value - ROW_RULE.value
+"""Scalars that a row has place for."""
+
+
+def rule_of(rule: Rule | str) -> Rule:
+    """A rule of this module by its name, any other as it is."""
+    found = RULES[rule] if isinstance(rule, str) else rule
+    if not 0 <= found.width <= WIDEST:
+        raise ValueError(
+            f"Invalid width value: {found.width} (a row has place for {WIDEST} scalars of a rule: "
+            "form what depends on others in the function of the elements)"
+        )
+    return found

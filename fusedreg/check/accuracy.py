@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from fusedreg.cases import DTYPES, PENALTIES, Case
-from fusedreg.check.oracle import ATTRIBUTES, Slot, clip, one_step
+from fusedreg.cases import DTYPES, PENALTIES, Case, History
+from fusedreg.check.oracle import Slot, clip, one_step
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.scalars import wide_dtype
 
@@ -98,6 +98,8 @@ class Inputs(NamedTuple):
     grads: list[Tensor]
     moments: list[dict[str, Tensor]]
     counts: list[dict[str, Tensor]]
+    histories: list[History]
+    """Moments and counts, with those that the case does not keep."""
 
     def rounded(self, dtype: torch.dtype) -> Inputs:
         """The same as `dtype` holds it."""
@@ -193,7 +195,9 @@ def inputs_of(case: Case, steps: int, shapes: Shapes = SHAPES) -> Inputs:
         [{name: _state(slot, name) for name in names if steps} for slot in slots]
         for names in (moment_names, count_names)
     )
-    return Inputs([*moment_names, *count_names], steps, weights, grads, moments, counts)
+    names = [*moment_names, *count_names]
+    histories = [slot.history for slot in slots]
+    return Inputs(names, steps, weights, grads, moments, counts, histories)
 
 
 def state_names(case: Case) -> tuple[list[str], list[str]]:
@@ -228,11 +232,11 @@ def groups(case: Case, params: Sequence[Tensor]) -> list[dict[str, Any]]:
 def _step(case: Case, slots: list[Slot], grads: list[Tensor], max_norm: float | None) -> None:
     lrs = rates(case, len(slots))
     for slot, grad, lr in zip(slots, clip(grads, max_norm), lrs, strict=True):
-        one_step(slot, grad, case.cls.__name__, **{**case.kwargs, "lr": lr})
+        one_step(slot, grad, case, lr=lr)
 
 
 def _state(slot: Slot, name: str) -> Tensor:
-    return torch.as_tensor(getattr(slot, ATTRIBUTES[name]), dtype=torch.float64)
+    return torch.as_tensor(slot.history[name], dtype=torch.float64)
 
 
 def values(seed: int, shapes: Shapes = SHAPES) -> list[Tensor]:
@@ -269,12 +273,11 @@ def by_oracle(
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Weights and states after the step."""
     slots = []
-    for weight, moments, counts in zip(inputs.weights, inputs.moments, inputs.counts, strict=True):
-        slot = Slot(weight, t=inputs.steps)
-        for name, value in moments.items():
-            setattr(slot, ATTRIBUTES[name], value)
-        for name, value in counts.items():
-            setattr(slot, ATTRIBUTES[name], value.item())
+    of_each = zip(inputs.weights, inputs.histories, inputs.moments, inputs.counts, strict=True)
+    for weight, history, moments, counts in of_each:
+        slot = Slot(weight, history.copy())
+        slot.history.update(moments)
+        slot.history.update({name: value.item() for name, value in counts.items()})
         slots.append(slot)
     _step(case, slots, inputs.grads, max_norm)
     states = [{name: _state(slot, name) for name in inputs.names} for slot in slots]

@@ -1,4 +1,4 @@
-"""The three loops of a step on the host, over the tables that the kernels of a GPU walk.
+"""The loops of a step on the host, over the tables that the kernels of a GPU walk.
 
 Each is compiled for one rule and one set of dtypes. It takes the address of int64 numbers, of which
 the first counts the chunks that are taken: so threads share a loop, each taking chunks until all
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fusedreg.kernels.columns import (
     ACTIVE,
     COUPLED,
+    DECAY_LR,
     DECOUPLED,
     HEADER,
     LR,
@@ -141,7 +142,7 @@ def _count(address: Value, dtype: torch.dtype) -> Value:
 
 @cache
 def rows_loop(
-    scalars_of: Any, states: int, counts: int, dtype: torch.dtype, options: int, norm: bool
+    rule: Any, states: int, counts: tuple[torch.dtype, ...], options: int, norm: bool
 ) -> Any:
     """Writes the row of every tensor and advances its counts; see launch.py for the arguments.
 
@@ -173,10 +174,12 @@ def rows_loop(
             active = (skip == 0) & (Pointer(grads, torch.int64)[tensor] != 0)
             line = Pointer(groups, torch.int32)[tensor] * (OPTIONS.value + options) + HEADER.value
             slots = Pointer(addresses, torch.int64)
-            places = [slots[tensors * (1 + states + i) + tensor] for i in range(counts)]
-            old = tuple(_count(place, dtype) for place in places)
+            places = [slots[tensors * (1 + states + i) + tensor] for i in range(len(counts))]
+            old = tuple(map(_count, places, counts))
             own = tuple(sent[line + OPTIONS.value + i] for i in range(options))
-            gain, scalars, new = device(scalars_of)(own, old)
+            gain, scalars, new = device(rule.scalars)(own, old)
+            if len(scalars) != rule.width:
+                raise ValueError(f"Invalid width value: {rule.width} (the rule has {len(scalars)})")
 
             lr = sent[line + LR.value]
             threshold = lr * sent[line + PROX.value] * gain + lr * sent[line + SHRINK.value]
@@ -186,7 +189,7 @@ def rows_loop(
                 ROW_LR: lr,
                 ROW_L1: sent[line + SUBGRADIENT.value],
                 ROW_L2: sent[line + COUPLED.value],
-                ROW_DECAY: 1.0 - lr * sent[line + DECOUPLED.value],
+                ROW_DECAY: sent[line + DECOUPLED.value] / sent[line + DECAY_LR.value],
                 ROW_THRESHOLD: threshold,
             }
             out, start = Pointer(rows, torch.float64), tensor * ROW.value
@@ -194,7 +197,7 @@ def rows_loop(
                 out[start + column.value] = number
             for i, number in enumerate(scalars):
                 out[start + ROW_RULE.value + i] = number
-            for place, number in zip(places, new, strict=True):
+            for place, dtype, number in zip(places, counts, new, strict=True):
                 with when(active & (place != 0)):
                     Pointer(place, dtype)[0] = number
 
@@ -204,61 +207,154 @@ def rows_loop(
 # ---- steps ---------------------------------------------------------------------------------------
 
 
+class Kind(NamedTuple):
+    """What a loop over elements is compiled for."""
+
+    rule: Any
+    states: int
+    subgradient: Any
+    """A device function or None, like `coupled`."""
+    coupled: Any
+    scaled: bool
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+
+    @property
+    def compute(self) -> Any:
+        """The type of the arithmetic."""
+        return DOUBLE if self.param == torch.float64 else FLOAT
+
+
+class Elements:
+    """The elements of one tensor: what they move along, and where that is stored."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        addresses: Value,
+        grads: Value,
+        row: Pointer,
+        tensor: Value,
+        tensors: Value,
+    ) -> None:
+        slots = Pointer(addresses, torch.int64)
+        self.kind, self.start, self.row = kind, tensor * ROW.value, row
+        self.params = Pointer(slots[tensor], kind.param)
+        self.grads = Pointer(Pointer(grads, torch.int64)[tensor], kind.grad)
+        self.states = [
+            Pointer(slots[tensors * (i + 1) + tensor], kind.state) for i in range(kind.states)
+        ]
+        self.scale, self.l1, self.l2 = map(self.number, (ROW_SCALE, ROW_L1, ROW_L2))
+        self.scalars = tuple(
+            row[self.start + ROW_RULE.value + i].to(kind.compute) for i in range(kind.rule.width)
+        )
+
+    def number(self, column: Any) -> Value:
+        """A number of the tensor's row."""
+        return self.row[self.start + column.value]
+
+    def direction(self, i: Value) -> tuple[Value, Value, Any, tuple[Value, ...]]:
+        """What one element moves along: w, direction, gain and new states."""
+        compute, kind = self.kind.compute, self.kind
+        w, g = self.params[i].to(compute), self.grads[i]
+        if kind.scaled:
+            # In float64: a float32 factor below 1.2e-38 would be subnormal.
+            g = (g.to(DOUBLE) * self.scale).to(compute)
+        else:
+            g = g.to(compute) * self.scale.to(compute)  # 1, or -1 to maximize
+        if kind.subgradient is not None:
+            g = device(kind.subgradient)(g, w, self.l1.to(compute))
+        if kind.coupled is not None:
+            g = device(kind.coupled)(g, w, self.l2.to(compute))
+        old = tuple(state[i].to(compute) for state in self.states)
+        return w, *device(kind.rule.tile)(g, old, self.scalars)
+
+
 @cache
-def step_loop(
-    tile: Any,
-    width: int,
-    states: int,
-    hooks: tuple[Any, Any, Any, Any],
-    scaled: bool,
-    param: torch.dtype,
-    grad: torch.dtype,
-    state: torch.dtype,
-) -> Any:
+def step_loop(kind: Kind, decoupled: Any, prox: Any, trust: Any) -> Any:
     """Steps every chunk of the tensors that have a gradient; see launch.py for the arguments."""
-    rule = device(tile)
-    subgradient, coupled, decoupled, prox = (hook and device(hook) for hook in hooks)
-    compute = DOUBLE if param == torch.float64 else FLOAT
+    compute = kind.compute
 
     def step(work: Value) -> None:
-        chunks, addresses, grads, numels, first_chunks, owners, rows, tensors = _numbers(work, 8)
-        slots = Pointer(addresses, torch.int64)
+        numbers = _numbers(work, 9)
+        chunks, addresses, grads, numels, first_chunks, owners, rows, squares, tensors = numbers
         with _each_chunk(work, chunks) as chunk:
             tensor = Pointer(owners, torch.int32)[chunk]
-            row, start = Pointer(rows, torch.float64), tensor * ROW.value
-            with when(row[start + ACTIVE.value] != 0.0):
+            row = Pointer(rows, torch.float64)
+            with when(row[tensor * ROW.value + ACTIVE.value] != 0.0):
                 begin, end = _bounds(chunk, tensor, numels, first_chunks)
-                params = Pointer(slots[tensor], param)
-                gradients = Pointer(Pointer(grads, torch.int64)[tensor], grad)
-                moments = [Pointer(slots[tensors * (i + 1) + tensor], state) for i in range(states)]
-                scale = row[start + ROW_SCALE.value]
-                lr, l1, l2, keep, threshold = (
-                    row[start + column.value].to(compute)
-                    for column in (ROW_LR, ROW_L1, ROW_L2, ROW_DECAY, ROW_THRESHOLD)
-                )
-                scalars = tuple(row[start + ROW_RULE.value + i].to(compute) for i in range(width))
+                elements = Elements(kind, addresses, grads, row, tensor, tensors)
+                lr, decay, threshold = map(elements.number, (ROW_LR, ROW_DECAY, ROW_THRESHOLD))
+                rate = lr
+                if trust is not None:
+                    sums = Pointer(squares, torch.float64)
+                    ratio = device(trust)(sums[tensor * 2], sums[tensor * 2 + 1])
+                    rate, threshold = lr * ratio, threshold * ratio
+                keep, rate = (1.0 - rate * decay).to(compute), rate.to(compute)
+                lr, threshold = lr.to(compute), threshold.to(compute)
 
                 with count(begin, end) as i:
-                    w, g = params[i].to(compute), gradients[i]
-                    if scaled:
-                        # In float64: a float32 factor below 1.2e-38 would be subnormal.
-                        g = (g.to(DOUBLE) * scale).to(compute)
-                    else:
-                        g = g.to(compute) * scale.to(compute)  # 1, or -1 to maximize
-                    if subgradient is not None:
-                        g = subgradient(g, w, l1)
-                    if coupled is not None:
-                        g = coupled(g, w, l2)
+                    w, direction, gain, new = elements.direction(i)
                     if decoupled is not None:
-                        w = decoupled(w, keep)
-                    old = tuple(moment[i].to(compute) for moment in moments)
-                    direction, gain, new = rule(g, old, scalars)
-                    w = w - lr * direction
+                        w = device(decoupled)(w, keep)
+                    w = w - rate * direction
                     if prox is not None:
-                        w = prox(w, threshold, gain)
+                        w = device(prox)(w, threshold, gain)
                     with when(lr != 0.0):  # lr = 0 must leave every bit, of -0.0 and inf too
-                        params[i] = w
-                    for moment, number in zip(moments, new, strict=True):
-                        moment[i] = number
+                        elements.params[i] = w
+                    for state, number in zip(elements.states, new, strict=True):
+                        state[i] = number
 
     return built(step)
+
+
+# ---- layerwise -----------------------------------------------------------------------------------
+
+
+@cache
+def squares_loop(kind: Kind) -> Any:
+    """Writes the sums of squares of each chunk of w and of its update; 0 where nothing moves."""
+
+    def squares(work: Value) -> None:
+        numbers = _numbers(work, 9)
+        chunks, addresses, grads, numels, first_chunks, owners, rows, partials, tensors = numbers
+        with _each_chunk(work, chunks) as chunk:
+            tensor = Pointer(owners, torch.int32)[chunk]
+            row, out = Pointer(rows, torch.float64), Pointer(partials, torch.float64)
+            sums = [Variable(work.constant(0.0)) for _ in range(2)]
+            with when(row[tensor * ROW.value + ACTIVE.value] != 0.0):
+                begin, end = _bounds(chunk, tensor, numels, first_chunks)
+                elements = Elements(kind, addresses, grads, row, tensor, tensors)
+                decay = elements.number(ROW_DECAY).to(kind.compute)
+                with count(begin, end) as i:
+                    w, direction, _, _ = elements.direction(i)
+                    update = direction + decay * w
+                    for total, x in zip(sums, (w.to(DOUBLE), update.to(DOUBLE)), strict=True):
+                        total.add_in_any_order(x * x)
+            for k, total in enumerate(sums):
+                out[chunk * 2 + k] = total.get()
+
+    return built(squares)
+
+
+@cache
+def fold_loop() -> Any:
+    """Writes the sums over the chunks of each tensor, in their order."""
+
+    def fold(work: Value) -> None:
+        tensors, chunks, partials, first_chunks, squares = _numbers(work, 5)
+        firsts, parts = Pointer(first_chunks, torch.int32), Pointer(partials, torch.float64)
+        with count(tensors.like(0), tensors) as tensor:
+            last = tensor + 1 == tensors
+            end = Variable(chunks)
+            with when(last == 0):
+                end.set(firsts[tensor + 1])
+            sums = [Variable(work.constant(0.0)) for _ in range(2)]
+            with count(firsts[tensor], end.get()) as chunk:
+                for k, total in enumerate(sums):
+                    total.set(total.get() + parts[chunk * 2 + k])
+            for k, total in enumerate(sums):
+                Pointer(squares, torch.float64)[tensor * 2 + k] = total.get()
+
+    return built(fold)

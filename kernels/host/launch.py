@@ -18,13 +18,21 @@ from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
 from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
 from fusedreg.kernels.columns import ROW as ROW_WIDTH
 from fusedreg.kernels.columns import header, line, penalties
-from fusedreg.kernels.host.engine import CHUNK, norm_loop, rows_loop, step_loop
-from fusedreg.kernels.rules import RULES
+from fusedreg.kernels.host.engine import (
+    CHUNK,
+    Kind,
+    fold_loop,
+    norm_loop,
+    rows_loop,
+    squares_loop,
+    step_loop,
+)
+from fusedreg.kernels.rules import Rule, rule_of, trust_ratio
 from fusedreg.kernels.table import Table, constants, send
 
 __all__ = [
     "HEADER", "NAME", "ROW", "build", "constants", "header", "line", "norms", "penalties", "rows",
-    "send", "step",
+    "rule_of", "send", "squares", "step",
 ]  # fmt: skip
 
 NAME = "llvm"
@@ -101,10 +109,9 @@ def rows(
     numbers: Tensor,
     out: Tensor,
     *,
-    rule: str,
+    rule: Rule,
     states: int,
-    counts: int,
-    count: torch.dtype,
+    counts: tuple[torch.dtype, ...],
     line: int,
     partials: Tensor | None = None,
     grad_scale: Tensor | None = None,
@@ -114,9 +121,7 @@ def rows(
 ) -> None:
     """Write the row of every tensor and advance its counts; arguments as in ../launch.py."""
     assert (grad_scale, found_inf) == (None, None), "the host reads them, so `numbers` has them"
-    scalars, _, _ = RULES[rule]
-    own = line - LINE_WIDTH.value
-    loop = rows_loop(scalars, states, counts, count, own, partials is not None)
+    loop = rows_loop(rule, states, counts, line - LINE_WIDTH.value, partials is not None)
     work = array(
         "q",
         [
@@ -136,12 +141,58 @@ def rows(
     loop(work.buffer_info()[0])
 
 
+def squares(
+    table: Table,
+    grads: Tensor,
+    rows: Tensor,
+    partials: Tensor,
+    out: Tensor,
+    *,
+    rule: Rule,
+    states: int,
+    subgradient: bool,
+    coupled: bool,
+    scaled: bool,
+    param: torch.dtype,
+    grad: torch.dtype,
+    state: torch.dtype,
+    aligned: bool,
+) -> None:
+    """Write the sums of squares of every tensor and of its update; arguments as in ../launch.py."""
+    kind = _kind(rule, states, subgradient, coupled, scaled, param, grad, state)
+    run(
+        squares_loop(kind),
+        table,
+        table.addresses.data_ptr(),
+        grads.data_ptr(),
+        table.numels.data_ptr(),
+        table.first_chunks.data_ptr(),
+        table.owners.data_ptr(),
+        rows.data_ptr(),
+        partials.data_ptr(),
+        table.tensors,
+    )
+    work = array(
+        "q",
+        [
+            0,
+            table.tensors,
+            table.chunks,
+            partials.data_ptr(),
+            table.first_chunks.data_ptr(),
+            out.data_ptr(),
+        ],
+    )
+    fold_loop()(work.buffer_info()[0])
+
+
 def step(
     table: Table,
     grads: Tensor,
     rows: Tensor,
+    squares: Tensor | None,
     *,
-    rule: str,
+    rule: Rule,
     states: int,
     subgradient: bool,
     coupled: bool,
@@ -155,15 +206,14 @@ def step(
     aligned: bool,
 ) -> None:
     """Step every tensor that has a gradient; arguments as in ../launch.py."""
-    _, tile, width = RULES[rule]
-    hooks = (
-        penalty.l1_subgradient if subgradient else None,
-        penalty.coupled if coupled else None,
+    loop = step_loop(
+        _kind(rule, states, subgradient, coupled, scaled, param, grad, state),
         penalty.decoupled if decoupled else None,
         (penalty.shrink if shrink else penalty.prox) if prox else None,
+        None if squares is None else trust_ratio,
     )
     run(
-        step_loop(tile, width, states, hooks, scaled, param, grad, state),
+        loop,
         table,
         table.addresses.data_ptr(),
         grads.data_ptr(),
@@ -171,7 +221,22 @@ def step(
         table.first_chunks.data_ptr(),
         table.owners.data_ptr(),
         rows.data_ptr(),
+        _address(squares),
         table.tensors,
+    )
+
+
+def _kind(
+    rule: Rule, states: int, subgradient: bool, coupled: bool, scaled: bool, *dtypes: torch.dtype
+) -> Kind:
+    """What the loops over elements are compiled for; `dtypes` of parameter, gradient and states."""
+    return Kind(
+        rule,
+        states,
+        penalty.l1_subgradient if subgradient else None,
+        penalty.coupled if coupled else None,
+        scaled,
+        *dtypes,
     )
 
 

@@ -1,0 +1,118 @@
+"""LAMB."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedreg.adam import Adam, Betas
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class LAMB(Adam):
+    r"""LAMB: Adam whose step is as long as each tensor times lr, with decay, L1 and clipping.
+
+    One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::
+
+        g = grad / grad_scale * min(1, max_grad_norm / (norm + 1e-6))
+        g = -g                                    if maximize
+        g = g + l1 * sign(w)                      if l1_mode == "subgradient"
+        g = g + weight_decay * w                  if not decoupled_weight_decay
+        t = t + 1
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        d = sqrt(v / (1 - beta2^t)) + eps
+        u = m / (1 - beta1^t) / d
+        u = u + weight_decay * w                  if decoupled_weight_decay
+        u = u + weight_decay / decay_lr * w       if lr_independent_decay, instead
+        r = ||w|| / ||u||                         1 where either is 0
+        w = w - lr * r * u
+        w = S(w, lr * r * l1 / d)                 if l1_mode == "prox", where v is not 0
+        w = S(w, lr * r * l1)                     if l1_mode == "decoupled"
+
+    Norms are L2 norms of one tensor each, over all ranks where it is a DTensor. r is the trust
+    ratio, with the identity in the place of the paper's phi. There are two forms of the decay, and
+    neither is AdamW's:
+
+    - the paper's, decoupled_weight_decay=True: it is part of the update whose norm divides. As r
+      makes that as long as w, more decay turns the step towards -w, but does not lengthen it.
+    - the coupled one, decoupled_weight_decay=False: the gradient of weight_decay/2 * ||w||^2, which
+      the moments then normalise away.
+
+    Args:
+        params, lr, betas: as in :class:`fusedreg.Adam`, like all that is not listed here.
+        eps: >= 0, in the units of a gradient; added after the bias correction, outside the root.
+        weight_decay: >= 0, in one of the two forms.
+        decoupled_weight_decay: the paper's form; False the coupled one.
+        l1_mode: "prox", whose fixed point minimises loss + l1 * ||w||_1 as far as r has a limit
+            above 0, "decoupled" or "subgradient".
+        max_grad_norm: as in :class:`fusedreg.Adam`; None unlike apex and timm, where it is 1.0.
+
+    State: as :class:`fusedreg.Adam`: `step`, `exp_avg` m and `exp_avg_sq` v.
+
+    Raises: as :class:`fusedreg.Adam`, and
+        RuntimeError: parameters of FullyShardedDataParallel, which says of none where it ends.
+
+    >>> w = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+    >>> optimizer = LAMB([w], lr=0.1, eps=0.0, weight_decay=0.0)
+    >>> w.grad = torch.tensor([2.0, 1.0])
+    >>> optimizer.step()  # u = (1, 1), r = 5 / sqrt(2)
+    >>> [round(x, 4) for x in w.tolist()]
+    [2.6464, -4.3536]
+
+    Source: You et al., Large batch optimization for deep learning: training BERT in 76 minutes
+    (2020), algorithm 2.
+
+    Differs from torch.optim: it has no LAMB. timm.optim.Lamb and apex.optimizers.FusedLAMB leave r
+    at 1 where weight_decay is 0, and clip without the 1e-6; timm's always_adapt=True is this.
+    """
+
+    layerwise = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        lr_independent_decay: bool = False,
+        l1: float = 0.0,
+        l1_mode: str = "prox",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            lr_independent_decay=lr_independent_decay,
+            l1=l1,
+            l1_mode=l1_mode,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            state_dtype=state_dtype,
+            process_group=process_group,
+        )

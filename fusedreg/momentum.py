@@ -1,0 +1,52 @@
+"""The momentum mass: what a momentum buffer has made of a constant direction of 1.
+
+It is the gain of a rule with momentum, and grows from the first step on: mass = momentum * mass +
+(1 - dampening). It cannot be told from a step count, because schedules change the momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedreg.dist import whole
+from fusedreg.scalars import is_zero, wide_dtype
+
+
+def is_thresholded(group: Mapping[str, Any]) -> bool:
+    """Whether the momentum mass sets an L1 threshold in this group."""
+    return group["l1_mode"] == "prox" and not is_zero(group["l1"])
+
+
+def check_mass_is_finite(group: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError where the mass sets a threshold and would grow for ever.
+
+    Args:
+        group: the options.
+        names: those that must then be below 1.
+    """
+    if not is_thresholded(group) or is_zero(group["momentum"]):
+        return
+    for name in names:
+        if not group[name] < 1:
+            raise ValueError(
+                f"Invalid {name} value: {group[name]} (l1_mode='prox' needs it below 1, because "
+                "lr * l1 * (1 - dampening) / (1 - momentum) is its threshold)"
+            )
+
+
+def initial_mass(
+    param: Tensor, buffer: Tensor | None, momentum: Any, dampening: Any = 0.0
+) -> Tensor:
+    """A mass of 0, and where there is a `buffer` that has moved, its limit.
+
+    The buffer may be older than the mass, because l1 was turned on later. It counts as warmed up,
+    unless it is all zeros, because the first step was skipped.
+    """
+    mass = torch.zeros((), dtype=wide_dtype(param.device), device=param.device)
+    if buffer is None:
+        return mass
+    return torch.where(whole(buffer.any()), mass + (1 - dampening) / (1 - momentum), mass)

@@ -1,0 +1,210 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedreg.checks import check_number
+from fusedreg.momentum import check_mass_is_finite, initial_mass, is_thresholded
+from fusedreg.optimizer import FusedOptimizer
+from fusedreg.reference import Settings, State
+from fusedreg.scalars import Number, is_zero
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class RMSprop(FusedOptimizer):
+    r"""RMSprop with momentum, centering, weight decay, proximal L1 and clipping.
+
+    One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::
+
+        g = grad / grad_scale * min(1, max_grad_norm / (norm + 1e-6))
+        g = -g                                    if maximize
+        g = g + l1 * sign(w)                      if l1_mode == "subgradient"
+        g = g + weight_decay * w                  if not decoupled_weight_decay
+        w = w * (1 - lr * weight_decay)           if decoupled_weight_decay
+        w = w * (1 - lr/decay_lr * weight_decay)  if lr_independent_decay too
+        v = alpha * v + (1 - alpha) * g^2
+        a = alpha * a + (1 - alpha) * g           if centered
+        d = sqrt(v) + eps                         if not centered
+        d = sqrt(max(v - a^2, 0)) + eps           if centered
+        b = momentum * b + g / d
+        w = w - lr * b
+        w = S(w, lr * l1 * c / d)                 if l1_mode == "prox", where v is not 0
+        w = S(w, lr * l1)                         if l1_mode == "decoupled"
+
+    c is the momentum mass, what a constant direction of 1 has made of b: c = momentum * c + 1 from
+    0 on, so 1 without momentum, and 1/(1 - momentum) in the limit. Nothing is bias-corrected: v
+    begins at 0, so the first step has the length lr / sqrt(1 - alpha).
+
+    Args:
+        params: tensors, named tensors, or dicts that define param groups. Every option below up to
+            `l1_mode` may differ between groups and is read afresh in every step.
+        lr: learning rate, >= 0; a float or a one-element tensor (read on its device).
+        alpha: how much of v stays in a step, in [0, 1).
+        eps: >= 0, in the units of a gradient; added outside the root.
+        weight_decay: >= 0. Coupled, it is the gradient of weight_decay/2 * ||w||^2, which d then
+            divides.
+        momentum: >= 0; with `l1_mode="prox"` and l1 > 0 also < 1.
+        centered: divide by the standard deviation of the gradient. Where that does not change any
+            more it is 0, and eps alone limits the step: choose one that suits.
+        foreach, fused, capturable: accepted as torch accepts them; fused=False always means the
+            reference path.
+        maximize: ascend the loss; penalties still shrink.
+        differentiable: must be False.
+        decoupled_weight_decay: shrink w instead of adding to g.
+        lr_independent_decay, l1, l1_mode, max_grad_norm, skip_nonfinite, process_group: as in
+            :class:`fusedreg.Adam`.
+        state_dtype: dtype of `square_avg`, `momentum_buffer` and `grad_avg`; None is the
+            parameter's own, as torch's.
+
+    State: `step` (0-dim float32, float64 if that is the default dtype), `square_avg` v,
+    `momentum_buffer` b where momentum > 0 and `grad_avg` a if centered; shape of the parameter,
+    dtype `state_dtype` or the parameter's, so 4 to 12 bytes per float32 parameter. `momentum_mass`
+    c (0-dim float64) only where a threshold needs it.
+
+    Raises:
+        ValueError: an option is negative, NaN, out of range or unknown; l1 > 0 for a complex
+            parameter; lr_independent_decay without decoupled_weight_decay.
+        TypeError: an option is not a number.
+        RuntimeError: `fused` and `foreach` together, `fused` and `differentiable` together.
+        NotImplementedError: differentiable=True.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = RMSprop([w], lr=0.1, alpha=0.75)
+    >>> w.grad = torch.tensor([3.0, -0.5])
+    >>> optimizer.step()
+    >>> [round(x, 4) for x in w.tolist()]
+    [0.8, -1.8]
+
+    Source: Tieleman and Hinton, Lecture 6.5, RMSProp (2012); for `centered` and the momentum
+    Graves, Generating sequences with recurrent neural networks (2013), equations 38 to 41, with eps
+    outside the root as torch has it; for the threshold Yun, Lozano and Yang, Adaptive proximal
+    gradient methods for structured neural networks (2021).
+
+    Differs from torch.optim.RMSprop: the variance v - a^2 is at least 0 (torch takes the root of
+    what rounding made negative, which is NaN), alpha >= 1 is refused, float16 and bfloat16 are
+    stepped in float32 and rounded once. All differences are in docs/differences.md.
+    """
+
+    tensor_states = ("square_avg", "momentum_buffer", "grad_avg")
+    scalar_states = ("step", "momentum_mass")
+    late_states = ("momentum_buffer", "grad_avg", "momentum_mass")
+    device_options = ("alpha", "eps", "momentum")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        lr_independent_decay: bool = False,
+        l1: float = 0.0,
+        l1_mode: str = "prox",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "alpha": alpha,
+            "eps": eps,
+            "centered": centered,
+            "weight_decay": weight_decay,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "lr_independent_decay": lr_independent_decay,
+            "l1": l1,
+            "l1_mode": l1_mode,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(
+            params,
+            defaults,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            process_group=process_group,
+        )
+
+    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+        """Check the options of this class; see the base class."""
+        check_number("eps", group["eps"], read_device=read_device)
+        check_number("momentum", group["momentum"], read_device=read_device)
+        check_number("alpha", group["alpha"], below=1.0, read_device=read_device)
+        check_mass_is_finite(group, "momentum")
+
+    def states(self, group: Settings) -> tuple[str, ...]:
+        """The mean square, the buffer where there is momentum, the mean where it is centered."""
+        buffer = () if is_zero(group["momentum"]) else ("momentum_buffer",)
+        return ("square_avg", *buffer, *(("grad_avg",) if group["centered"] else ()))
+
+    def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Create what is missing, and the momentum mass where a threshold needs it."""
+        buffer, momentum = state.get("momentum_buffer"), group["momentum"]
+        super().init_state(group, param, state)
+        if is_thresholded(group) and not is_zero(momentum) and "momentum_mass" not in state:
+            state["momentum_mass"] = initial_mass(param, buffer, momentum)
+
+    def device_rule(self, group: Settings) -> str:
+        """Name of this rule in `fusedreg.kernels.rules`."""
+        momentum = "" if is_zero(group["momentum"]) else "_momentum"
+        return "rmsprop" + ("_centered" if group["centered"] else "") + momentum
+
+    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+        """The update rule; see the class docstring and the base class."""
+        alpha, momentum = settings["alpha"], settings["momentum"]
+        new: State = {
+            "step": state["step"] + 1,
+            # ((1 - alpha) g) g: the square alone overflows sooner.
+            "square_avg": alpha * state["square_avg"] + (1 - alpha) * grad * grad,
+        }
+        if settings["centered"]:
+            # alpha * a + (1 - alpha) * g, whose two factors, rounded, would not sum to 1.
+            new["grad_avg"] = state["grad_avg"] + (1 - alpha) * (grad - state["grad_avg"])
+        denominator = _denominator(settings, new)
+        # 0/0: a coordinate that has never seen a gradient does not move.
+        direction = torch.where(denominator == 0, 0.0, grad / denominator)
+        if is_zero(momentum):
+            return direction, new
+        if "momentum_mass" in state:
+            new["momentum_mass"] = momentum * state["momentum_mass"] + 1
+        new["momentum_buffer"] = momentum * state["momentum_buffer"] + direction
+        return new["momentum_buffer"], new
+
+    def gain(self, settings: Settings, state: State) -> Number:
+        """c / d, and 0 where the mean square is 0: there 1 / eps would wipe out unused weights."""
+        mass: Number = 1.0 if is_zero(settings["momentum"]) else state["momentum_mass"]
+        denominator = _denominator(settings, state)
+        unseen = (state["square_avg"] == 0) | (denominator == 0)
+        return torch.where(unseen, 0.0, mass / denominator)
+
+
+def _denominator(settings: Settings, state: State) -> Tensor:
+    """sqrt(v) + eps, or of the variance where centered."""
+    square = state["square_avg"]
+    if settings["centered"]:
+        # Rounding may leave less than 0 of a gradient that does not change.
+        square = (square - state["grad_avg"] * state["grad_avg"]).clamp(min=0)
+    denominator: Tensor = square.sqrt() + settings["eps"]
+    return denominator

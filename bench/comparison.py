@@ -52,15 +52,20 @@ def participants(
         return {"fusedreg": makers["fusedreg"], f"torch.compile {job.compiled}": how}, {}
     if job.kind == "parts":
         return {name: makers[name] for name in ("fusedreg", "torch fused", "torch foreach")}, {}
+    makers.pop(REFERENCE, None)
     if shows_reference(job, shapes, machine):
         makers[REFERENCE] = partial(own, fused=False)
     return makers, missing
 
 
 def shows_reference(job: Job, shapes: Groups, machine: Machine) -> bool:
-    """Whether the readable path is timed too: on a CPU, for one method, where it is cheap."""
+    """Whether the readable path is timed too, where it is cheap.
+
+    It is for what torch lacks and, on a CPU, for one other method.
+    """
     first = (job.method, job.dtype, job.clip) == ("AdamW", "float32", True)
-    return first and not machine.on_gpu and count(shapes) <= READABLE
+    lacks = not METHODS[job.method].ways_of_torch
+    return count(shapes) <= READABLE and (lacks or (first and not machine.on_gpu))
 
 
 def affordable(job: Job, shapes: Groups, machine: Machine) -> int:

@@ -149,19 +149,33 @@ def of_torch(groups: ParamGroups, task: Task, **options: Any) -> Contender:
 TORCH: dict[str, Maker] = {
     "torch fused": partial(of_torch, fused=True),
     "torch foreach": partial(of_torch, foreach=True),
-    "torch for-loop": partial(of_torch, foreach=False, fused=False),
+    "torch for-loop": partial(of_torch, foreach=False),
 }
 
 OTHERS: dict[str, tuple[str, dict[str, str]]] = {
-    "optimi": ("optimi", {"AdamW": "AdamW", "Adam": "Adam", "SGD": "SGD"}),
+    "optimi": ("optimi", {"AdamW": "AdamW", "Adam": "Adam", "SGD": "SGD", "Lion": "Lion"}),
     "bitsandbytes 32 bit": (
         "bitsandbytes.optim",
-        {"AdamW": "AdamW32bit", "Adam": "Adam32bit", "SGD": "SGD32bit"},
+        {"AdamW": "AdamW32bit", "Adam": "Adam32bit", "SGD": "SGD32bit", "Lion": "Lion32bit"},
     ),
     "torchao 8 bit": ("torchao.optim", {"AdamW": "AdamW8bit", "Adam": "Adam8bit"}),
     "timm legacy": ("timm.optim", {"AdamW": "AdamWLegacy"}),
+    "timm": ("timm.optim", {"Lion": "Lion", "LAMB": "Lamb"}),
+    "lion-pytorch": ("lion_pytorch", {"Lion": "Lion"}),
+    "pytorch-optimizer": ("pytorch_optimizer", {"Lion": "Lion"}),
+    "apex": ("apex.optimizers", {"LAMB": "FusedLAMB"}),
 }
-"""Libraries, where their optimizers are, and what they call those of ours. None has proximal L1."""
+"""Libraries, where their optimizers are, and what they call those of ours. None has proximal L1.
+
+Not here are those of other formulas: LAMB of bitsandbytes, which limits the norm of the update, and
+of pytorch-optimizer, without bias correction and with norms of at most 10.
+"""
+
+OPTIONS_OF_OTHERS: dict[str, dict[str, Any]] = {
+    "Lamb": {"max_grad_norm": None},
+    "FusedLAMB": {"max_grad_norm": float("inf")},
+}
+"""What makes them compute the same: both clip by themselves, by another formula."""
 
 
 REFERENCE = "fusedreg reference"
@@ -169,8 +183,14 @@ REFERENCE = "fusedreg reference"
 
 
 def contenders(method: Method, **own_options: Any) -> tuple[dict[str, Maker], dict[str, str]]:
-    """Who computes a method, the most important first, and why others do not."""
-    found: dict[str, Maker] = {"fusedreg": partial(own, **own_options), **TORCH}
+    """Who computes a method, the most important first, and why others do not.
+
+    What torch lacks is compared with fusedreg's readable path, whoever else is installed.
+    """
+    found: dict[str, Maker] = {"fusedreg": partial(own, **own_options)}
+    found |= {name: TORCH[name] for name in (f"torch {way}" for way in method.ways_of_torch)}
+    if not method.ways_of_torch:
+        found[REFERENCE] = partial(own, fused=False)
     missing = {}
     for name, (module, classes) in OTHERS.items():
         if method.l1 or method.cls not in classes:
@@ -180,7 +200,8 @@ def contenders(method: Method, **own_options: Any) -> tuple[dict[str, Maker], di
         except Exception as error:  # an installation can be broken in any way
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        options: dict[str, Any] = {} if "betas" in method.kwargs else {"weight_decay": 0.0}
+        options = {} if "weight_decay" in method.kwargs else {"weight_decay": 0.0}
+        options |= OPTIONS_OF_OTHERS.get(classes[method.cls], {})
         found[name] = partial(_of_others, cls, options)
     return found, missing
 

@@ -183,20 +183,23 @@ def bytes_per_parameter(report: Report) -> Figure:
     ]
     first = extra[0]["model"] if extra else None
     extra = [r for r in extra if (r["model"], r["method"], r["clip"]) == (first, "AdamW", True)]
-    figure = new_figure(11 if extra else 8, 5.2, caption(report))
-    left, *right = figure.subplots(1, 2 if extra else 1, squeeze=False)[0]
     who = ("fusedreg kernels", "torch fused", "torch foreach")
+    bars = [(entry, [name for name in who if name in entry]) for entry in entries]
+    height = 1.2 + 0.25 * sum(len(names) + 1 for _, names in bars)
+    figure = new_figure(11 if extra else 8, height, caption(report))
+    left, *right = figure.subplots(1, 2 if extra else 1, squeeze=False)[0]
     ticks, labels = [], []
-    for index, entry in enumerate(entries):
-        for offset, name in enumerate(who):
-            place, begin = index * (len(who) + 1) + offset, 0
+    for entry, names in bars:
+        first_place = ticks[-1] + 2 if ticks else 0
+        for place, name in enumerate(names, first_place):
+            begin = 0
             for part, size in entry[name].items():
                 colour = SPIKE if name == who[0] else PARTS[part]
                 left.barh(place, size, left=begin, color=colour, height=0.75)
                 begin += size
             left.annotate(str(begin), (begin, place), (4, 0), **_label("center"))
             ticks.append(place)
-            labels.append(f"{entry['method']}: {name}" if offset == 0 else name)
+            labels.append(f"{entry['method']}: {name}" if place == first_place else name)
     for part, colour in PARTS.items():
         left.barh(0, 0, color=colour, label=part)
     left.barh(0, 0, color=SPIKE, label="all in one step")

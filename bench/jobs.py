@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from methods import DTYPES, METHODS
+from methods import DTYPES, METHODS, USUAL
 from shapes import MODELS, SIZES, TENSORS, TINY, TINY_SWEEP, Groups, count
 
 COMPILED = {
@@ -61,7 +61,8 @@ def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     """One model, its parts, the sweeps; then what differs from that in one thing, in two, ...
 
     The long ends of the sweeps come after what differs in method, dtype and clipping, and after the
-    next model.
+    next model. So do the methods that are not among the usual, in as few comparisons as there can
+    be; what else there is of them comes at the very end.
     """
     of = shapes(dry)
     first, *_ = of["model"]
@@ -69,13 +70,16 @@ def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     long = [job for job in sweeps if count(of[job.kind][job.model]) > LONG]
     sweeps = [job for job in sweeps if job not in long]
     axes = [list(of["model"]), list(METHODS), list(DTYPES), [True, False]]
+    others = [method for method in METHODS if method not in USUAL]
 
     def rank(values: tuple[Any, ...]) -> tuple[int, ...]:
         places = [axis.index(value) for axis, value in zip(axes, values, strict=True)]
         return sum(place > 0 for place in places), *places
 
-    models = [Job("model", *values) for values in sorted(product(*axes), key=rank)]
-    near = 1 + sum(len(axis) - 1 for axis in axes[1:])  # of the first model
+    every = [Job("model", *values) for values in sorted(product(*axes), key=rank)]
+    models = [job for job in every if job.method in USUAL]
+    near = 1 + sum(len(axis) - 1 for axis in (USUAL, *axes[2:]))  # of the first model
+    rare = [job for job in every if job.method in others]
     compiled = [
         Job("compiled", model, clip=clip, compiled=how)
         for how in ("foreach", "fused")
@@ -85,4 +89,10 @@ def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     if quick or not (gpu or dry):
         compiled = compiled[:1]
     found = [models[0], Job("parts", first), *sweeps, *models[1:near], *compiled[:1]]
-    return found if quick else [*found, models[near], *long, *compiled[1:], *models[near + 1 :]]
+    if quick:
+        return found
+    few = len(others)
+    return [
+        *[*found, models[near], *rare[:few]],
+        *[*long, *compiled[1:], *models[near + 1 :], *rare[few:]],
+    ]

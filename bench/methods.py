@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +30,50 @@ class Method:
     kwargs: dict[str, Any]
     states: int
     """Tensors of state that are read and written."""
-    foreach: int
+    foreach: int | None
     """Numbers for each parameter that torch's foreach operations read and write."""
     l1: float = 0.0
+    layerwise: bool = False
+    """Whether a norm of each tensor's update must be known before it is applied."""
+
+    @property
+    def ways_of_torch(self) -> tuple[str, ...]:
+        """How torch.optim computes it; () where it does not.
+
+        >>> METHODS["RMSprop"].ways_of_torch, METHODS["Lion"].ways_of_torch
+        (('foreach', 'for-loop'), ())
+        """
+        cls = getattr(torch.optim, self.cls, None)
+        if cls is None:
+            return ()
+        fused = "fused" in inspect.signature(cls).parameters
+        return (*["fused"] * fused, "foreach", "for-loop")
 
 
 # The first of each are the most important. What foreach moves in AdamW: decay 2, lerp 3, mul 2,
 # addcmul 3, sqrt 2, div 2, add 2, addcdiv 4. Adam with L2 has an add of 3 in the place of the
-# decay; SGD has mul 2, add 3, add 3.
+# decay; SGD has mul 2, add 3, add 3. RMSprop has add 3, mul 2, addcmul 3, sqrt 2, add 2, and of the
+# momentum mul 2, addcdiv 4, add 3; Adagrad add 3, addcmul 3, sqrt 2, add 2, mul 2, addcdiv 4.
+#
+# RMSprop is that of the mobile networks; the decay of LAMB makes the trust ratio about 0.4, because
+# at 1 nobody would see that it was left out.
 METHODS = {
     "AdamW": Method("AdamW", {**ADAM, "weight_decay": DECAY}, 2, 20),
     "SGD momentum": Method("SGD", {"momentum": 0.9}, 1, 8),
     "AdamW + L1": Method("AdamW", {**ADAM, "weight_decay": DECAY}, 2, 20, L1),
     "Adam + L2": Method("Adam", {**ADAM, "weight_decay": DECAY}, 2, 21),
+    "RMSprop": Method(
+        "RMSprop", {"alpha": 0.9, "eps": 1e-8, "momentum": 0.9, "weight_decay": DECAY}, 2, 21
+    ),
+    "Adagrad": Method("Adagrad", {"eps": 1e-10, "weight_decay": DECAY}, 1, 16),
+    "Lion": Method("Lion", {"betas": (0.9, 0.99), "weight_decay": DECAY}, 1, None),
+    "LAMB": Method(
+        "LAMB", {**ADAM, "eps": 1e-6, "weight_decay": 4 * DECAY}, 2, None, layerwise=True
+    ),
 }
+USUAL = tuple(METHODS)[:4]
+"""What a quick run compares; the others come later."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 THRESHOLD = 19
@@ -53,24 +84,32 @@ def needed_numbers(method: Method, clip: bool) -> int:
     """What a step cannot do without: gradient, parameter and states, the gradient again to clip.
 
     The norm must be known before the first gradient is used, so all are read twice. Dividing by a
-    loss scale costs nothing, where it is done in the same reading.
+    loss scale costs nothing, where it is done in the same reading. Where the norm of an update must
+    be known, parameter and states are read once more, if the states were already advanced.
     """
-    return 3 + 2 * method.states + clip
+    again = 1 + method.states if method.layerwise else 0
+    return 3 + 2 * method.states + clip + again
 
 
 def moved_numbers(method: Method, clip: bool, scaled: bool, implementation: str) -> dict[str, int]:
     """Numbers read and written for each parameter, by part; {} where nobody has counted.
 
+    For the norm of an update fusedreg stores no states, but forms them twice, which takes the
+    gradient once more.
+
     >>> moved_numbers(METHODS["AdamW"], True, True, "torch fused")
     {'unscale': 2, 'clip': 3, 'step': 7}
     >>> moved_numbers(METHODS["AdamW"], True, True, "fusedreg (llvm)")
     {'step': 8}
+    >>> moved_numbers(METHODS["LAMB"], True, True, "fusedreg (llvm)")  # 1 + 4 + 4 + 3
+    {'step': 12}
     """
     if implementation in {"fusedreg kernels", "fusedreg (triton)", "fusedreg (llvm)"}:
-        return {"step": needed_numbers(method, clip)}
-    if implementation not in {"torch fused", "torch foreach"}:
+        return {"step": needed_numbers(method, clip) + method.layerwise}
+    who, _, way = implementation.partition(" ")
+    step = {"fused": 3 + 2 * method.states, "foreach": method.foreach}.get(way)
+    if who != "torch" or way not in method.ways_of_torch or step is None:
         return {}
-    step = method.foreach if implementation == "torch foreach" else 3 + 2 * method.states
     return {
         **({"unscale": 2} if scaled else {}),
         **({"clip": 3} if clip else {}),

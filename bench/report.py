@@ -37,6 +37,11 @@ RESULT = (
     ),
 )
 MACHINE = ("cpu", "architecture", "cores", "system", "gpu")
+LIBRARIES = (
+    *("optimi", "torch-optimi", "bitsandbytes", "torchao", "timm"),
+    *("lion-pytorch", "pytorch-optimizer", "apex"),
+)
+"""Of which the versions are written down where they are installed."""
 RUN = ("copy_gb_per_s", "in_place_gb_per_s", "threads", "commit")
 COLUMNS = (*CASE, *RESULT, *MACHINE, *RUN)
 """Of bench.csv, before the versions."""
@@ -44,7 +49,7 @@ COLUMNS = (*CASE, *RESULT, *MACHINE, *RUN)
 
 def new_report(commit: str | None, bandwidths: dict[str, float]) -> Report:
     return {
-        **environment("triton", "optimi", "torch-optimi", "bitsandbytes", "torchao", "timm"),
+        **environment("triton", *LIBRARIES),
         "threads": torch.get_num_threads(),
         "commit": commit or git_commit(),
         **{f"{name.replace(' ', '_')}_gb_per_s": value for name, value in bandwidths.items()},

@@ -12,6 +12,7 @@ import torch
 from comparison import affordable, compare, participants, release
 from jobs import Job, all_shapes, jobs
 from measure import Machine, bandwidths
+from methods import METHODS
 from report import Report, as_text, new_report, write
 from rich.console import Console
 from rich.progress import Progress
@@ -30,6 +31,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=240, help="seconds (default: 240)")
     parser.add_argument("--quick", action="store_true", help="the first comparisons only")
     parser.add_argument("--targets", action="store_true", help="those of the path for CPUs only")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="comparisons of these only"
+    )
     parser.add_argument("--base", metavar="REF", help="this tree beside another commit, instead")
     parser.add_argument("--sweep", action="store_true", help="other launch constants instead (GPU)")
     parser.add_argument("--commit", help="what to call the version that is timed")
@@ -70,7 +74,7 @@ def run_job(job: Job, shapes: Groups, report: Report, machine: Machine) -> float
     release(machine)
     able = affordable(job, shapes, machine)
     names = list(makers)
-    if able < 2:
+    if able < min(2, len(names)):
         report["left_out"].append(f"{job}: memory")
         return 0.0
     report["left_out"] += [f"{job}, {name}: memory" for name in names[able:]]
@@ -110,12 +114,15 @@ def main() -> None:
 
         report["launch_constants"] = sweep(machine)
     else:
-        if not gpu:  # the targets are those of the path for CPUs, and nobody has set others
+        # The targets are those of the path for CPUs, and nobody has set others.
+        if not (gpu or options.methods):
             report["targets"] = measure_targets(
                 with_share(machine, 1 if options.targets else FOR_TARGETS)
             )
             write(report, out)
         todo = [] if options.targets else jobs(machine.dry, options.quick, gpu)
+        if options.methods:
+            todo = [job for job in jobs(machine.dry, False, gpu) if job.method in options.methods]
         run_jobs(todo, report, machine, out)
     write(report, out)
     print(as_text(report), end="")

@@ -24,6 +24,7 @@ def main() -> None:
         for make in (
             lambda params: fusedreg.AdamW(params, l1=0.01, max_grad_norm=1.0, fused=True),
             lambda params: fusedreg.SGD(params, lr=0.1, momentum=0.9, fused=True),
+            lambda params: fusedreg.LAMB(params, l1=0.01, max_grad_norm=1.0, fused=True),
         ):
             params = parameters(dtype)
             optimizer = make(params)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from contenders import OTHERS, TORCH, Task, contenders, make_groups, params_of
+from contenders import OTHERS, REFERENCE, TORCH, Task, contenders, make_groups, params_of
 from methods import DTYPES, METHODS
 from shapes import SMALL
 from verify import check, expected, max_norm, set_grads, start
@@ -39,7 +39,7 @@ def prepared(model: str, method: str, dtype: str, clip: bool) -> Any:
     return groups, task, begin, expected(begin, groups, task)
 
 
-@pytest.mark.parametrize("implementation", ["fusedreg", *TORCH, *OTHERS])
+@pytest.mark.parametrize("implementation", ["fusedreg", REFERENCE, *TORCH, *OTHERS])
 @pytest.mark.parametrize(("model", "method", "dtype", "clip"), cases())
 def test_step(
     benchmark: Any,

@@ -2,8 +2,9 @@
 
 Every implementation takes three steps from the same start, with the very objects and tensors that
 are then timed. A sample of the parameters is compared with fusedreg's reference path in float64 on
-the same values. All of a step is elementwise but the norm of the gradients, which is formed in
-float64 over all of them.
+the same values. All of a step is elementwise but norms: that of the gradients, which is formed in
+float64 over all of them, and those of single tensors in a layerwise method, whose sample therefore
+consists of whole tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
+from bounds import Bound, roundings
 from contenders import Contender, ParamGroups, Task, params_of
 from methods import CLIP_SHARE, SCALE
 from torch import Tensor, nn
@@ -23,20 +25,6 @@ MIXTURES = ((1.0, 0.0), (-0.5, 0.25), (0.75, 0.5))
 STEPS = len(MIXTURES)
 SAMPLE = 2**20
 
-ROUNDINGS_OF_PARAM = 4
-"""In a step, where every operation rounds: the factor of the decay, its product, the step, the
-threshold's difference."""
-ROUNDINGS_OF_THRESHOLD = 8
-"""Of the second moment in three steps (two each, halved by the root), then root, eps, reciprocal,
-product and a constant. A threshold larger than the parameter makes it 0 in any case."""
-ROUNDINGS_OF_UPDATE = 18
-"""The gradient and its decay; moments, two each in three steps; root, bias corrections, eps,
-quotient, product and the constants."""
-ERROR_OF_CONSTANTS = 1.3e-5
-"""Relative, of 1 - 0.999 formed in float32, as kernels form it that are given betas as float32."""
-ERROR_OF_NORM = 1e-4
-"""Relative, of a norm accumulated in float32, as torch accumulates it."""
-
 
 @dataclass
 class Start:
@@ -46,13 +34,15 @@ class Start:
     grads: list[Tensor]
     scale: float
     stride: int
+    compared: list[int]
+    """Which tensors."""
     norms: dict[int, float] = field(default_factory=dict)
     """Of the gradients of steps, once they were needed."""
 
     def sample(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Elements at equal distances of each tensor, the last one among them, as float64."""
-        k = self.stride
-        return [t.detach().flatten()[(t.numel() - 1) % k :: k].double() for t in tensors]
+        """Elements at equal distances of tensors, their last ones among them, as float64."""
+        k, some = self.stride, [tensors[i].detach().flatten() for i in self.compared]
+        return [t[(t.numel() - 1) % k :: k].double() for t in some]
 
     def set_grads_of_step(self, step: int, params: list[nn.Parameter]) -> None:
         """In place, as memory is slow to get; those of the first step are those that are timed."""
@@ -110,20 +100,37 @@ def start(groups: ParamGroups, task: Task) -> Start:
     grads = [param.grad for param in params]
     if task.scaled:
         torch._foreach_mul_(grads, SCALE)
-    every = sum(param.numel() for param in params) // SAMPLE
+    sizes = [param.numel() for param in params]
+    every = 1 if task.method.layerwise else sum(sizes) // SAMPLE
     return Start(
         params=[param.detach().clone() for param in params],
         grads=[grad.clone() for grad in grads],
         scale=SCALE if task.scaled else 1.0,
         stride=every | 1,  # odd, so that every position in a vector or block is met
+        compared=fitting(sizes) if task.method.layerwise else list(range(len(sizes))),
     )
+
+
+def fitting(sizes: list[int]) -> list[int]:
+    """Those of which a sample has room for all elements, in turn; the smallest, if for none.
+
+    >>> fitting([2**19, 2**20, 2**18, 2**19, 5])
+    [0, 2, 4]
+    """
+    found, room = [], SAMPLE
+    for index, size in enumerate(sizes):
+        if size <= room:
+            found.append(index)
+            room -= size
+    return found or [sizes.index(min(sizes))]
 
 
 def expected(begin: Start, groups: ParamGroups, task: Task) -> Expected:
     """The float64 reference after the steps, and the bound for the dtype of the parameters."""
     method = task.method
     params = [w.requires_grad_() for w in begin.sample(begin.params)]
-    rates = [group["lr"] for group in groups for _ in group["params"]]
+    of_all = [group["lr"] for group in groups for _ in group["params"]]
+    rates = [of_all[i] for i in begin.compared]
     by_rate = groupby(zip(rates, params, strict=True), key=lambda pair: pair[0])
     optimizer = getattr(fusedreg, method.cls)(
         [{"params": [w for _, w in pairs], "lr": lr} for lr, pairs in by_rate],
@@ -131,9 +138,9 @@ def expected(begin: Start, groups: ParamGroups, task: Task) -> Expected:
         l1=method.l1,
         fused=False,
     )
-    coupled = method.kwargs.get("weight_decay", 0.0) if method.cls == "Adam" else 0.0
-    first = torch.cat(params).detach().abs()
-    largest, reach = torch.zeros_like(first), torch.zeros_like(first)
+    lr = torch.cat([torch.full_like(w, r) for w, r in zip(params, rates, strict=True)]).detach()
+    errors = roundings(method, begin.params[0].dtype, clip=task.max_norm is not None)
+    bound = Bound(optimizer, params, lr, errors)
     grads = [param.grad for param in params_of(groups)]
     for step in range(STEPS):
         begin.set_grads_of_step(step, params_of(groups))
@@ -143,50 +150,9 @@ def expected(begin: Start, groups: ParamGroups, task: Task) -> Expected:
             factor *= min(1.0, task.max_norm / (begin.norms[step] / begin.scale + 1e-6))
         for param, grad in zip(params, begin.sample(grads), strict=True):
             param.grad = grad * factor
-        sizes = [param.grad.abs() + coupled * param.detach().abs() for param in params]
-        largest = torch.maximum(largest, torch.cat(sizes))
-        optimizer.step()
-        reach += largest * unit_step(optimizer, method.cls, params, step + 1)
+        bound.step()
     set_grads(params_of(groups), begin.grads)
-    lr = torch.cat([torch.full_like(w, r) for w, r in zip(params, rates, strict=True)]).detach()
-    reach *= lr
-    clip = task.max_norm is not None
-    bound = bounds(first, reach, begin.params[0].dtype, clip=clip, l1=method.l1 > 0)
-    return Expected(torch.cat(params).detach(), bound)
-
-
-def unit_step(
-    optimizer: torch.optim.Optimizer, cls: str, params: list[Tensor], steps: int
-) -> Tensor | float:
-    """What a gradient of 1 can contribute to a step, over lr, before anything cancels.
-
-    A momentum buffer has at most all gradients so far. Adam divides by the root of the second
-    moment, which is small where a coupled decay cancels the gradient: there the roundings of both
-    are large beside it.
-    """
-    if cls == "SGD":
-        return float(steps)
-    beta2 = optimizer.param_groups[0]["betas"][1]
-    second = torch.cat([optimizer.state[param]["exp_avg_sq"] for param in params])
-    return 1 / ((second / (1 - beta2**steps)).sqrt() + optimizer.param_groups[0]["eps"])
-
-
-def bounds(first: Tensor, reach: Tensor, dtype: torch.dtype, clip: bool, l1: bool) -> Tensor:
-    """What roundings can make of parameters of such sizes, to which steps add numbers so large.
-
-    Every operation on the way may round to the dtype, as torch's for-loop and foreach do; who
-    computes in float32 and rounds to bfloat16 once needs less.
-    """
-    unit = torch.finfo(dtype).eps / 2
-    of_param = ROUNDINGS_OF_PARAM * unit
-    of_update = ROUNDINGS_OF_UPDATE * unit + ERROR_OF_CONSTANTS
-    if l1:
-        of_param += ROUNDINGS_OF_THRESHOLD * unit + ERROR_OF_CONSTANTS
-    if clip:  # norms of tensors, their norm, quotient and product are rounded too
-        of_clip = ERROR_OF_NORM + 5 * unit
-        of_update += 2 * of_clip  # in the first moment and in the root of the second
-        of_param += of_clip if l1 else 0.0
-    return STEPS * of_param * (first + reach) + of_update * reach
+    return Expected(torch.cat(params).detach(), bound.error)
 
 
 def check(contender: Contender, groups: ParamGroups, begin: Start, must_be: Expected) -> Verdict:

@@ -35,7 +35,8 @@ class Adagrad(FusedOptimizer):
         w = S(w, lr * l1 / d)                     if l1_mode == "prox", where s is not 0
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
 
-    lr_decay slows the steps along gradients and their threshold, not what is decoupled.
+    lr_decay slows the steps along gradients and their threshold, not what is decoupled. Nor does s:
+    a decoupled decay or l1 leads to 0 in the long run.
 
     Args:
         params: tensors, named tensors, or dicts that define param groups. Every option below up to

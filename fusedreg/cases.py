@@ -175,9 +175,10 @@ RULES: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
         fusedreg.RMSprop,
         {"lr": 0.1, "alpha": 0.9, "eps": 0.5, "centered": True, "momentum": 0.9},
     ),
-    "adagrad": (fusedreg.Adagrad, {"lr": 0.5}),
+    "adagrad": (fusedreg.Adagrad, {"lr": 0.7}),
+    # Where the sum begins is a number of every dtype.
     "adagrad_decay": (
-        fusedreg.Adagrad, {"lr": 0.5, "lr_decay": 0.01, "initial_accumulator_value": 0.1}
+        fusedreg.Adagrad, {"lr": 0.7, "lr_decay": 0.001, "initial_accumulator_value": 0.125}
     ),
     "lion": (fusedreg.Lion, {"lr": 0.1}),
     "lamb": (fusedreg.LAMB, {"lr": 0.1}),

@@ -90,14 +90,14 @@ class Plan:
                 a plan that has a `device`.
             skipped: 0-dim int64, is increased by one where nothing changed.
         """
+        clips = max_norm is not None and max_norm != float("inf")
+        scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
         if self.gpus:
             remote = map(is_remote, (scale, skip, grad_scale, found_inf))
-            variant = (max_norm is None, grad_norm is None, skipped is None, *remote)
+            variant = (scaled, max_norm is None, grad_norm is None, skipped is None, *remote)
             if self.capturing() and variant != self.variant:
                 raise RuntimeError(NOT_BEFORE_CAPTURE)  # it may have to compile or load a kernel
             self.variant = variant
-        clips = max_norm is not None and max_norm != float("inf")
-        scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
         if grad_scale is not None and self._reads(grad_scale):
             scale, grad_scale = scale / float(grad_scale), None
         if found_inf is not None and self._reads(found_inf):
@@ -250,7 +250,7 @@ class Plan:
                 if bucket.squares is not None and bucket.kind.spread == spread
                 for position, squares in zip(bucket.positions, bucket.squares, strict=True)
             }
-            if spread is not None and found:
+            if spread is not None and spread.dims and found:
                 here = [found[position] for position in sorted(found)]
                 summed = sum_over_parts(spread, torch.stack([x.to(here[0]) for x in here]))
                 torch._foreach_copy_(here, list(summed))

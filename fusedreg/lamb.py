@@ -55,7 +55,9 @@ class LAMB(Adam):
 
     State: as :class:`fusedreg.Adam`: `step`, `exp_avg` m and `exp_avg_sq` v.
 
-    Raises: as :class:`fusedreg.Adam`, and
+    Raises also what :class:`fusedreg.Adam` raises.
+
+    Raises:
         RuntimeError: parameters of FullyShardedDataParallel, which says of none where it ends.
 
     >>> w = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
@@ -69,7 +71,9 @@ class LAMB(Adam):
     (2020), algorithm 2.
 
     Differs from torch.optim: it has no LAMB. timm.optim.Lamb and apex.optimizers.FusedLAMB leave r
-    at 1 where weight_decay is 0, and clip without the 1e-6; timm's always_adapt=True is this.
+    at 1 where weight_decay is 0, and clip without the 1e-6; timm's always_adapt=True is this. Its
+    decoupled_decay=False, and apex's mode 1, are the paper's form, and its decoupled_decay=True,
+    which decays outside the ratio, is not offered.
     """
 
     layerwise = True

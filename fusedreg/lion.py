@@ -48,7 +48,8 @@ class Lion(FusedOptimizer):
             reference path.
         maximize: ascend the loss; penalties still shrink.
         differentiable: must be False.
-        decoupled_weight_decay: False adds weight_decay * w to g, of which the sign keeps little.
+        decoupled_weight_decay: False adds weight_decay * w to g: on a full batch the ridge, as lr
+            falls to 0.
         l1: weight of the L1 penalty, >= 0.
         l1_mode: "decoupled" shrinks by lr * l1, with exact zeros: from l1 = 1 on, no step gets away
             from 0. "subgradient" does what adding the norm to the loss does; no exact zeros.

@@ -28,5 +28,5 @@ except Exception:  # whatever a broken triton raises; fusedreg.backend says what
         function.fn = function  # type: ignore[attr-defined]
         return function
 
-    triton = SimpleNamespace(jit=jit)
     tl = SimpleNamespace(constexpr=constexpr)
+    triton = SimpleNamespace(jit=jit, language=tl)

@@ -37,7 +37,8 @@ ROW: int = ROW_WIDTH.value
 BLOCK = 1024
 """Elements of one iteration: 8 for each of 128 threads, so two 16-byte accesses of float32.
 
-Half as many in float64, which needs two registers for each number.
+Half as many in float64, which needs two registers for each number, and where addresses are no
+multiples of 16 bytes, so that each element has an address of its own in registers.
 """
 ROWS_BLOCK = 128
 FOLD_BLOCK = 2048
@@ -55,9 +56,9 @@ DTYPES = {
 """Dtypes of parameters, gradients and states that the kernels take."""
 
 
-def block_of(dtype: torch.dtype) -> int:
+def block_of(dtype: torch.dtype, aligned: bool) -> int:
     """Elements of one iteration for tensors of a dtype."""
-    return BLOCK // 2 if dtype == torch.float64 else BLOCK
+    return BLOCK if aligned and dtype != torch.float64 else BLOCK // 2
 
 
 def run(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
@@ -89,7 +90,7 @@ def norms(
         GRAD=DTYPES[grad],
         ALIGNED=aligned,
         CHUNK=CHUNK,
-        BLOCK=block_of(grad),
+        BLOCK=block_of(grad, aligned),
     )
 
 
@@ -195,7 +196,7 @@ def squares(
         COMPUTE=_compute(param),
         ALIGNED=aligned,
         CHUNK=CHUNK,
-        BLOCK=block_of(param),
+        BLOCK=block_of(param, aligned),
     )
     run(
         fold_kernel,
@@ -267,7 +268,7 @@ def step(
         COMPUTE=_compute(param),
         ALIGNED=aligned,
         CHUNK=CHUNK,
-        BLOCK=block_of(param),
+        BLOCK=block_of(param, aligned),
     )
 
 

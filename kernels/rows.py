@@ -96,6 +96,10 @@ def rows_kernel(
         ptr = address.to(tl.pointer_type(COUNT_DTYPES[i]))
         counts = counts + (tl.load(ptr, mask=address != 0, other=1.0).to(tl.float64),)
     gain, scalars, new = SCALARS(options, counts)
+    tl.static_assert(len(scalars) == COUNT, "the rule returns more or fewer scalars than its width")
+    tl.static_assert(
+        len(new) == len(COUNT_DTYPES), "the rule returns more or fewer counts than scalar_states"
+    )
 
     lr = tl.load(line + LR)
     row = rows + tensor * ROW

@@ -11,24 +11,63 @@ from typing import Any
 
 import torch
 
-from fusedreg.cases import CASES, DTYPES, PATHS, RULES, TORCH_CASES, Case
+from fusedreg.cases import (
+    CASES,
+    CLASSES,
+    DTYPES,
+    PATHS,
+    PENALTIES,
+    RULES,
+    TORCH_CASES,
+    TORCH_CLASSES,
+    Case,
+)
 
-__all__ = ["CASES", "DTYPES", "PATHS", "RULES", "TORCH_CASES", "Case"]
+__all__ = [
+    "CASES",
+    "CLASSES",
+    "DTYPES",
+    "PATHS",
+    "PENALTIES",
+    "RULES",
+    "TORCH_CASES",
+    "TORCH_CLASSES",
+    "Case",
+]
 
-# Every device function: each rule's with the elastic net, each penalty's with Adam. Maximizing is a
-# sign in a row, and AdamW is Adam with the decoupled decay.
-KERNEL_CASES = [
+# conftest.py chooses among these lists, so that the time of the suite grows with the rules and not
+# with rules times penalties. All CASES meet the oracle, torch, and what is said of L1 and decay.
+
+# What meets every other property: a penalty is the step's and does not know the rule, so three
+# rules stand for all, one for each way in which the L1 threshold comes about (a mass that counts
+# steps, a second moment) and decay is meant (coupled, decoupled). Each rule comes without any
+# penalty, and with the elastic net, which has its class's own decay and L1 in it.
+PROPERTY_CASES = [
     case
     for case in CASES
-    if case.rule == "adam"
-    or (case.penalty == "elastic_net" and case.rule not in ("sgd_maximize", "adam_maximize"))
+    if case.rule in ("sgd_momentum", "adam", "adamw") or case.penalty in ("none", "elastic_net")
 ]
-# Where the formula does not matter: one case of each class, with all it has.
+
+
+def _device_rule(case: Case) -> tuple[type, Any]:
+    """What kernels are compiled for: two rules of a class may differ in numbers only."""
+    return case.cls, case.make([torch.zeros(1)]).device_rule(case.options)
+
+
+# Every device function, for what is slow: each rule's once with the elastic net, and each penalty's
+# with Adam.
+_ELASTIC_NETS = [case for case in CASES if case.penalty == "elastic_net"]
+_FIRST = {_device_rule(case): case for case in reversed(_ELASTIC_NETS)}
+KERNEL_CASES = [case for case in CASES if case.rule == "adam" or case in _FIRST.values()]
+
+# Of each class its first rule without a penalty, and, where the formula does not matter, one case
+# with all it has: the last of the rules that have the most options.
+PLAIN = {case.cls: case for case in reversed(CASES) if case.penalty == "none"}
 SOME = [
-    case
-    for case in CASES
-    if case.penalty == "elastic_net" and case.rule in ("sgd_nesterov", "adam_amsgrad", "adamw")
+    sorted((c for c in _ELASTIC_NETS if c.cls is cls), key=lambda case: len(case.kwargs))[-1]
+    for cls in CLASSES
 ]
+FULL = {case.cls: case for case in SOME}
 
 
 def by_id(cases: list[Case]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ specialises the arguments, looks into its caches and compiles. Only the launch i
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import os
@@ -168,6 +169,19 @@ def hashes_after(edit: tuple[str, str, str] | None, case: Any, **options: Any) -
     return {one.name: one.hash for one in made}
 
 
+def hashes_of_own(old: str, new: str) -> dict[str, str]:
+    """The same of the optimizer in own.py, where `old` was edited in that file."""
+    import torch
+
+    own = importlib.import_module("own")
+    source = inspect.getsource(own)
+    assert source.count(old) == 1, f"own.py must have {old!r} once"
+    with tempfile.TemporaryDirectory() as folder:
+        edited = _imported(Path(folder, "own_copy.py"), source.replace(old, new))
+        made = _step(edited.Own(params(torch.float32, [FULL]), l1=0.1), "sm_90")
+    return {one.name: one.hash for one in made}
+
+
 @contextmanager
 def _edited(edit: tuple[str, str, str] | None) -> Iterator[None]:
     """Take rules and penalties from copies of their files, one of them edited."""
@@ -182,12 +196,14 @@ def _edited(edit: tuple[str, str, str] | None) -> Iterator[None]:
                 assert source.count(edit[1]) == 1, f"{name}.py must have {edit[1]!r} once"
                 source = source.replace(edit[1], edit[2])
             copies[name] = _imported(Path(folder, f"{name}_copy.py"), source)
-        before = launch.RULES, launch.penalty
-        launch.RULES, launch.penalty = copies["rules"].RULES, copies["penalty"]
+        before = launch.rule_of, launch.trust_ratio, launch.penalty
+        edited = copies["rules"]
+        launch.rule_of, launch.trust_ratio = edited.rule_of, edited.trust_ratio
+        launch.penalty = copies["penalty"]
         try:
             yield
         finally:
-            launch.RULES, launch.penalty = before
+            launch.rule_of, launch.trust_ratio, launch.penalty = before
 
 
 def _imported(file: Path, source: str) -> Any:

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import fusedreg
-
-from cases import CASES, KERNEL_CASES, PATHS
-
 if not torch.cuda.is_available():
-    # Without a GPU, fused=True has its kernels interpreted. Triton reads this when it is imported.
+    # Without a GPU, fused=True has its kernels interpreted. Triton reads this when it is imported,
+    # which the first optimizer does, and those are made for the table of cases.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("interpreter")
+
+import fusedreg
+
+from cases import CASES, KERNEL_CASES, PATHS, PROPERTY_CASES, SOME, Case
+
 torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain nothing from threads
 
 
@@ -43,24 +45,35 @@ def _seed() -> Iterator[None]:
     assert torch.get_default_dtype() == dtype
 
 
-SAME_CODE = ("foreach", "fused")
-"""Paths that run what another runs: "default" by another flag, and its rules, interpreted."""
-NO_OTHER_CODE = set(CASES) - set(KERNEL_CASES)
+FORMULAS = ("test_oracle", "test_torch_parity", "test_l1", "test_decay", "test_gpu")
+"""The files whose tests are about the formula, so that every product of rule and penalty counts."""
+
+
+def _taken(path: str | None, file: str) -> list[Case]:
+    """The cases that the tests of a file take on a path; see cases.py."""
+    if path == "foreach":  # what "default" runs, by another flag
+        return SOME
+    if path == "fused" and file != "test_oracle":  # the rules of "default", interpreted: slow
+        return KERNEL_CASES
+    if path == "device" or file not in FORMULAS:
+        return PROPERTY_CASES
+    return CASES
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """All cases meet the oracle; KERNEL_CASES, which run all the code, meet the rest.
+    """Leave out the cases that would only take time.
 
-    The others are left out on paths that are slow, or run the code of another, and are not measured
-    for coverage, which takes as long again.
+    What is not in KERNEL_CASES runs no other code. It is not measured for coverage, which takes as
+    long again.
     """
     kept, left_out = [], []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        again = params.get("case") in NO_OTHER_CODE
-        if again:
+        case = params.get("case")
+        known = isinstance(case, Case) and case in CASES
+        if known and case not in KERNEL_CASES:
             item.add_marker("no_cover")
-        again = again and params.get("path") in SAME_CODE and item.path.stem != "test_oracle"
-        (left_out if again else kept).append(item)
+        taken = not known or case in _taken(params.get("path"), item.path.stem)
+        (kept if taken else left_out).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)

@@ -9,9 +9,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import fusedreg
-
-CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -12,8 +13,6 @@ import pytest
 import torch
 from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from torch import Tensor
-
-import fusedreg
 
 from cases import CASES, Case
 from compare import frozen, parameters_of
@@ -78,45 +77,92 @@ def solution(l1: float, weight_decay: float) -> Tensor:
     return torch.from_numpy(model.fit(X, y).coef_)
 
 
+def family(case: Case) -> str:
+    """How a step depends on the size of the gradient; the one place that says so.
+
+    "linear": in proportion; "adaptive": not, because a root of squares divides it, to which eps is
+    added; "sign": not at all, so that there is no threshold which solves the Lasso.
+    """
+    if "eps" in case.options:
+        return "adaptive"
+    mode = inspect.signature(case.cls).parameters["l1_mode"].default
+    return "linear" if mode == "prox" else "sign"
+
+
+def linear(cases: list[Case]) -> list[Case]:
+    return [case for case in cases if family(case) == "linear"]
+
+
+def adaptive(cases: list[Case]) -> list[Case]:
+    return [case for case in cases if family(case) == "adaptive"]
+
+
+def elementwise(cases: list[Case]) -> list[Case]:
+    """Without those whose steps depend on the norm of the tensor."""
+    return [case for case in cases if not case.cls.layerwise]
+
+
+def minimising(cases: list[Case]) -> list[Case]:
+    """Maximising is another test's matter: it is minimising the negative loss, bit for bit."""
+    return [case for case in cases if not case.options["maximize"]]
+
+
+def with_eps(case: Case, eps: float) -> dict[str, float]:
+    """The option for a case that has one."""
+    return {"eps": eps} if "eps" in case.options else {}
+
+
+def waits_for_gradient(case: Case) -> bool:
+    """Whether the exact threshold is 0 where no gradient has been seen, as nothing divides l1."""
+    return family(case) == "adaptive" and not case.options.get("initial_accumulator_value")
+
+
 def objective(case: Case) -> tuple[float, float] | None:
     """The l1 and weight_decay that the fixed point of a case minimises, or None if it has none."""
-    options = case.kwargs
-    l1, weight_decay = options.get("l1", 0.0), options["weight_decay"]
-    mode = options.get("l1_mode", "prox")
-    decoupled = options.get("decoupled_weight_decay", case.cls is fusedreg.AdamW)
-    if mode == "subgradient":  # goes around the minimiser for ever
+    options = case.options
+    l1, weight_decay, mode = (options[name] for name in ("l1", "weight_decay", "l1_mode"))
+    decoupled = options["decoupled_weight_decay"]
+    if mode == "subgradient" and l1:  # goes around the minimiser for ever
         return None
-    if issubclass(case.cls, fusedreg.SGD):
+    if family(case) == "sign":  # so does a step whose length does not depend on the gradient
+        return None
+    if family(case) == "linear":
         # A constant gradient g moves w by lr * gain * g, and what is decoupled by lr alone.
-        gain = (1 - options.get("dampening", 0.0)) / (1 - options.get("momentum", 0.0))
+        gain = (1 - options["dampening"]) / (1 - options["momentum"])
         l1 = l1 / gain if mode == "decoupled" else l1
         return l1, weight_decay / gain if decoupled else weight_decay
     # Divided by sqrt(v) is the gradient, but not what is decoupled: no penalty of the loss.
     if (decoupled and weight_decay) or mode == "decoupled":
         return None
-    return l1, weight_decay
+    # Only a threshold, which takes back what moves w, ends steps that are as long as lr |w|.
+    return None if case.cls.layerwise and not l1 else (l1, weight_decay)
 
 
-def _with_decoupled_decay(case: Case) -> Case:
-    kwargs = {**case.kwargs, "decoupled_weight_decay": True}
-    return replace(case, penalty="decoupled_elastic_net", kwargs=kwargs)
+def _with_the_other_decay(case: Case) -> Case:
+    other = not case.options["decoupled_weight_decay"]
+    name = f"{'de' if other else ''}coupled_{case.penalty}"
+    return replace(case, penalty=name, kwargs={**case.kwargs, "decoupled_weight_decay": other})
 
 
-# Maximising is another test's matter: it is minimising the negative loss, bit for bit.
-_MINIMISING = [case for case in CASES if not case.kwargs.get("maximize")]
-_SGD_ELASTIC_NETS = [
-    _with_decoupled_decay(case)
+_MINIMISING = minimising(CASES)
+_OTHER_ELASTIC_NETS = [
+    _with_the_other_decay(case)
     for case in _MINIMISING
-    if case.penalty == "elastic_net" and issubclass(case.cls, fusedreg.SGD)
+    if case.penalty == "elastic_net"
+    and "decoupled_weight_decay" in inspect.signature(case.cls).parameters
 ]
 SOLVABLE = [
     case
-    for case in _MINIMISING + _SGD_ELASTIC_NETS
+    for case in _MINIMISING + _OTHER_ELASTIC_NETS
     if case.penalty != "none" and objective(case) is not None
 ]
 """Cases whose fixed point is a solution that scikit-learn knows."""
 
-PROX = [case for case in CASES if case.penalty in ("l1_prox", "elastic_net")]
+PROX = [
+    case
+    for case in CASES
+    if case.penalty in ("l1_prox", "elastic_net") and case.options["l1_mode"] == "prox"
+]
 
 STEPS = {torch.float64: 600, torch.float32: 300}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -127,8 +173,29 @@ remembers the first gradient, by 0.957. That leaves 0.957 ** 600 = 4e-12 or 0.95
 the first distance, which is at most 4, times a transient of at most 10. A float32 step is lost once
 it is below half an ulp of w, 1.2e-7 for |w| < 4, that is where the residual is below
 1.2e-7 / (lr * gain) with lr * gain >= 0.1 / 4.6: 6e-6, and as the Hessian is at least 1, w is at
-most sqrt(8) times that away.
+most sqrt(8) times that away. Adagrad contracts less and less: lr_t / d adds up
+to 13 in 300 steps and to 23 in 600 even with lr_decay, which leaves exp(-23) = 1e-10.
 """
+
+
+def remembers_variances(case: Case) -> bool:
+    """Whether what is divided by variances of other steps meets a threshold of today's."""
+    return bool(case.options.get("centered") and case.options["momentum"])
+
+
+def tolerance(case: Case, dtype: torch.dtype) -> float:
+    """TOLERANCE, and what the rounding of a variance adds where a buffer remembers it.
+
+    Where gradients have settled at g, v - a^2 is the rounding of g^2, and its root sqrt(eps) |g|.
+    Beside the option eps that changes the denominator a little in every step. What a buffer has of
+    earlier denominators is not balanced by the threshold, which has today's: a residual of that
+    part of g and of l1, which are equal where w is not 0. So w is at most sqrt(8) times that away.
+    """
+    if not remembers_variances(case):
+        return TOLERANCE[dtype]
+    l1, eps = case.options["l1"], case.options["eps"]
+    noise = torch.finfo(dtype).eps ** 0.5 * l1 / eps
+    return TOLERANCE[dtype] + 8**0.5 * noise * 2 * l1
 
 
 def minimise(

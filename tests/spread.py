@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedreg
 
-from cases import PATHS, SOME, Case, parameters, set_grads, tensors
+from cases import CASES, PATHS, SOME, Case, parameters, set_grads, tensors
 from compare import frozen, parameters_of
 from ranks import WORLD
 
@@ -54,7 +54,12 @@ needs_interpreter = pytest.mark.skipif(
 paths = pytest.mark.parametrize(
     "path", ["reference", pytest.param("fused", marks=needs_interpreter)]
 )
-SGD, ADAM, ADAMW = SOME
+BY_ID = {case.id: case for case in CASES}
+SGD, ADAM, ADAMW, LAMB = (
+    BY_ID[f"{rule}-elastic_net"] for rule in ("sgd_nesterov", "adam_amsgrad", "adamw", "lamb")
+)
+OTHERS = [case for case in SOME if case.cls not in {c.cls for c in (SGD, ADAM, ADAMW, LAMB)}]
+"""One case of each further class, which has nothing to do with ranks but its states."""
 
 
 def name(value: Any) -> str | None:

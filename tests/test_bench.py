@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -122,6 +123,11 @@ def test_figures_show_nothing_of_what_differs(
         assert shown == ["Left out because their results differ: torch fused"]
 
 
+def test_the_bytes_of_every_method_are_drawn(folder: Path, bench: Any) -> None:
+    labels = re.findall(r">([^<>]+): fusedreg kernels<", (folder / "bytes.svg").read_text())
+    assert labels == list(bench("methods").METHODS)
+
+
 def test_without_time_everything_is_left_out(tmp_path: Path) -> None:
     run(BENCH / "run.py", tmp_path, "--dry-run", "--budget", "0")
     report = json.loads((tmp_path / "bench.json").read_text())
@@ -132,6 +138,27 @@ def test_without_time_everything_is_left_out(tmp_path: Path) -> None:
     assert {row["verdict"] for row in report["targets"]} == {"not measured: time"}
     assert text.count("not measured: time") == len(report["targets"]) > 0
     assert not any(row["met"] for row in report["targets"])
+
+
+def test_some_methods_alone_are_asked_for(tmp_path: Path) -> None:
+    run(BENCH / "run.py", tmp_path, "--dry-run", "--budget", "0", "--methods", "Lion", "LAMB")
+    report = json.loads((tmp_path / "bench.json").read_text())
+    methods = {re.split(", ", line)[1] for line in report["left_out"]}
+    assert methods == {"Lion", "LAMB"}
+    assert report["targets"] == []
+
+
+def test_rare_methods_come_after_the_usual_ones(bench: Any) -> None:
+    jobs, methods = bench("jobs").jobs, bench("methods")
+    rare = [method for method in methods.METHODS if method not in methods.USUAL]
+    quick = jobs(dry=False, quick=True, gpu=False)
+    assert {job.method for job in quick} == set(methods.USUAL)
+    found = jobs(dry=False, quick=False, gpu=False)
+    assert found[: len(quick)] == quick
+    assert [job.method for job in found[len(quick) + 1 :]][: len(rare)] == rare
+    every = {(job.model, job.method, job.dtype, job.clip) for job in found if job.kind == "model"}
+    axes = (bench("shapes").MODELS, methods.METHODS, methods.DTYPES, (True, False))
+    assert every == set(product(*axes))
 
 
 def test_sweep_times_other_launch_constants(tmp_path: Path) -> None:
@@ -331,29 +358,44 @@ def by_name(bench: Any, comparison: ModuleType, job: Any, makers: Any) -> dict[s
     return {row["implementation"]: row for row in comparison.compare(job, shapes, makers, machine)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["AdamW", "Adam + L2", "AdamW + L1"])
-@pytest.mark.parametrize("wrong", [{"l1": 0.0}, {"weight_decay": 0.0}, {"betas": (0.9, 0.99)}])
-def test_bounds_tell_other_formulas(bench: Any, method: str, dtype: str, wrong: Any) -> None:
-    """In float32 every other formula is refused; in bfloat16 those that roundings do not hide."""
-    contenders, methods, verify = bench("contenders"), bench("methods"), bench("verify")
-    right = methods.METHODS[method]
-    if "l1" in wrong and not right.l1:
-        pytest.skip("has no L1")
-    groups = contenders.make_groups([[(64, 64)]], methods.DTYPES[dtype], torch.device("cpu"))
-    task = contenders.Task(right, None)
-    begin = verify.start(groups, task)
-    must_be = verify.expected(begin, groups, task)
-    l1 = wrong.get("l1", right.l1)
-    kwargs = {**right.kwargs, **{k: v for k, v in wrong.items() if k != "l1"}}
-    other = contenders.Task(
-        methods.Method(right.cls, kwargs, right.states, right.foreach, l1), None
-    )
-    for make in contenders.TORCH.values():
-        assert verify.check(make(groups, task), groups, begin, must_be).matches
-        refused = not verify.check(make(groups, other), groups, begin, must_be).matches
-        hidden = dtype == "bfloat16" and ("betas" in wrong or (l1 and "weight_decay" in wrong))
-        assert refused or hidden
+@pytest.mark.parametrize("method", ["RMSprop", "Adagrad", "Lion", "LAMB"])
+def test_rare_methods_are_timed_beside_whoever_has_them(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    contenders, comparison = bench("contenders"), bench("comparison")
+    monkeypatch.setattr(contenders, "OTHERS", {})
+    job = bench("jobs").Job("model", "tiny in 2 groups", method)
+    shapes = bench("shapes").TINY[job.model]
+    makers, missing = comparison.participants(job, shapes, machine_of(bench))
+    assert missing == {}
+    rows = by_name(bench, comparison, job, makers)
+    theirs = {
+        "RMSprop": {"torch foreach", "torch for-loop"},
+        "Adagrad": {"torch fused", "torch foreach", "torch for-loop"},
+    }
+    others = theirs.get(method, {"fusedreg reference"})
+    assert rows.keys() == {"fusedreg (llvm)"} | others
+    for row in rows.values():
+        assert row["verdict"] == ""
+        assert row["ratio"] > 0
+    ours = rows["fusedreg (llvm)"]
+    again = 4 if method == "LAMB" else 0  # the gradient
+    assert ours["moved_bytes"] == ours["needed_bytes"] + again
+
+
+def test_another_commit_may_lack_a_method(bench: Any, tmp_path: Path) -> None:
+    """As the worker says it, which has then written no parameters; those of before do not count."""
+    Job, versions, worker = bench("jobs").Job, bench("versions"), bench("worker")
+    (tmp_path / "base.pt").touch()
+    workers = {
+        name: lambda _, results, **job: worker.Worker(dry=True).make(results=results, **job)
+        for name in ("base", "this")
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(worker.fusedreg, "Lion")
+        row = versions.one(Job("model", "tiny", "Lion"), workers, tmp_path, machine_of(bench))
+    assert row["verdict"] == "base: has no Lion"
+    assert row["bitwise_equal"] is False
 
 
 def test_another_commit_is_timed_in_turns_with_this_tree(tmp_path: Path) -> None:
@@ -369,7 +411,7 @@ def test_another_commit_is_timed_in_turns_with_this_tree(tmp_path: Path) -> None
         assert row["ratio"]["median"] == ratio  # of the one round of a dry run
 
 
-@pytest.mark.parametrize("module", ["measure", "methods", "report"])
+@pytest.mark.parametrize("module", ["measure", "methods", "report", "verify"])
 def test_examples_in_docstrings(bench: Any, module: str) -> None:
     failed, tried = doctest.testmod(bench(module))
     assert tried > 0
@@ -395,13 +437,17 @@ def test_models_have_their_sizes(bench: Any, model: str, parameters: int, tensor
 
 @pytest.mark.parametrize(
     ("method", "scaled", "floor", "fused"),
-    [("AdamW", False, 8, 10), ("AdamW", True, 8, 12), ("SGD momentum", False, 6, 8)],
+    [
+        *[("AdamW", False, 8, 10), ("AdamW", True, 8, 12), ("SGD momentum", False, 6, 8)],
+        *[("Adagrad", False, 6, 8), ("RMSprop", False, 8, 0), ("LAMB", False, 11, 0)],
+    ],
 )
 def test_traffic_is_that_of_the_accesses(
     bench: Any, method: str, scaled: bool, floor: int, fused: int
 ) -> None:
     """Counted by hand: the gradient twice, parameter and states read and written; torch's clipping
-    reads, reads and writes the gradient, its unscaling reads and writes it."""
+    reads, reads and writes the gradient, its unscaling reads and writes it. For LAMB parameter and
+    states once more; what torch has no fused step for moves nothing there."""
     methods = bench("methods")
     assert methods.needed_numbers(methods.METHODS[method], clip=True) == floor
     moved = methods.moved_numbers(methods.METHODS[method], True, scaled, "torch fused")

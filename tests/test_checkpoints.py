@@ -24,10 +24,20 @@ from torch.distributed.checkpoint.state_dict import (
 
 import fusedreg
 
-from cases import CASES, SOME, Case, by_id, parameters, run
+from cases import (
+    CASES,
+    CLASSES,
+    FULL,
+    PLAIN,
+    RULES,
+    SOME,
+    Case,
+    by_id,
+    parameters,
+    run,
+)
 from compare import frozen, parameters_of, refused, results, snapshot
 
-CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
 SHAPES = [(0,), (5, 3), ()]
 
 Spoil = Callable[[dict[str, Any]], Any]
@@ -43,7 +53,7 @@ def assert_continues(optimizer: Any, resumed: Any) -> None:
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", **by_id([c for c in CASES if c.penalty != "decay"]))
+@pytest.mark.parametrize("case", **by_id(CASES))
 def test_low_precision_run_resumes_from_a_file(
     case: Case, state_dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
@@ -90,32 +100,29 @@ def test_keys_that_others_put_into_a_group_come_with_the_file(cls: type) -> None
 
 # ---- options that are turned on after the file was written ---------------------------------------
 
-LATER: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
-    "momentum": (fusedreg.SGD, {}, {"momentum": 0.9}),
-    "nesterov": (fusedreg.SGD, {"momentum": 0.9}, {"nesterov": True}),
-    "sgd_l1": (fusedreg.SGD, {"momentum": 0.9}, {"l1": 0.1}),
-    "momentum_and_l1": (fusedreg.SGD, {}, {"momentum": 0.9, "l1": 0.1}),
-    "amsgrad": (fusedreg.Adam, {}, {"amsgrad": True}),
-    "adam_l1": (fusedreg.AdamW, {}, {"l1": 0.1}),
-}
+LATER = [
+    pytest.param(before, later, id=f"{before.id}-{later.id}")
+    for later in CASES
+    if later.penalty in ("none", "elastic_net")
+    for before in dict.fromkeys([PLAIN[later.cls], Case(later.rule, "none", *RULES[later.rule])])
+    if before.id != later.id
+]
 
 
 @pytest.mark.parametrize("edited", ["file", "group"])
-@pytest.mark.parametrize(("cls", "before", "later"), LATER.values(), ids=LATER)
-def test_file_from_before_an_option_was_turned_on(
-    cls: type, before: dict[str, Any], later: dict[str, Any], edited: str
-) -> None:
+@pytest.mark.parametrize(("before", "later"), LATER)
+def test_file_from_before_an_option_was_turned_on(before: Case, later: Case, edited: str) -> None:
     """What the option needs is created by the next step, as where it is turned on in a run."""
-    optimizer = cls(parameters(shapes=SHAPES), lr=0.1, **before)
+    optimizer = before.make(parameters(shapes=SHAPES))
     run(optimizer, 2)
     saved = copy.deepcopy(optimizer.state_dict())
     params = [nn.Parameter(param.detach().clone()) for param in parameters_of(optimizer)]
-    resumed = cls(params, **before, **later)
+    resumed = later.make(params)
     if edited == "file":
-        saved["param_groups"][0].update(later)
+        saved["param_groups"][0].update(later.kwargs)
     resumed.load_state_dict(saved)
-    resumed.param_groups[0].update(later)
-    optimizer.param_groups[0].update(later)
+    resumed.param_groups[0].update(later.kwargs)
+    optimizer.param_groups[0].update(later.kwargs)
     assert_continues(optimizer, resumed)
 
 
@@ -144,17 +151,17 @@ def build(case: Case, **options: Any) -> tuple[nn.Module, Any]:
     return model, case.make(model.parameters(), **options)
 
 
+# torch cannot gather what is empty.
+STATEFUL = [case for case in CASES if case.make(parameters()).states(case.options)]
+
+
 @pytest.mark.usefixtures("_process_group")
 @ways
-@pytest.mark.parametrize("penalty", ["none", "elastic_net"])
-@pytest.mark.parametrize(
-    "rule", ["sgd_momentum", "sgd_dampening", "sgd_nesterov", "adam_amsgrad", "adamw"]
-)
+@pytest.mark.parametrize("case", **by_id(STATEFUL))
 def test_run_resumes_from_a_distributed_checkpoint(
-    rule: str, penalty: str, way: StateDictOptions, tmp_path: Path
+    case: Case, way: StateDictOptions, tmp_path: Path
 ) -> None:
     """Read into a new optimizer, whose state a step with lr 0 creates."""
-    (case,) = (each for each in CASES if (each.rule, each.penalty) == (rule, penalty))
     model, optimizer = build(case, max_grad_norm=0.5)
     run(optimizer, 2)
     saved = {
@@ -176,7 +183,7 @@ def test_run_resumes_from_a_distributed_checkpoint(
 
 
 @ways
-@pytest.mark.parametrize("case", **by_id([c for c in CASES if c.penalty in ("none", "l1_prox")]))
+@pytest.mark.parametrize("case", **by_id(CASES))
 def test_asking_for_the_state_before_training_changes_nothing(
     case: Case, way: StateDictOptions
 ) -> None:
@@ -207,9 +214,6 @@ def test_state_of_a_parameter_that_never_had_a_gradient(case: Case, flat: bool) 
 
 # ---- files that cannot be right ------------------------------------------------------------------
 
-# What of it is in every file; the rest is of options that may have been turned on since.
-STATES = {"SGD": [], "Adam": ["step", "exp_avg", "exp_avg_sq"]}
-STATES["AdamW"] = STATES["Adam"]
 LAST = len(SHAPES) - 1
 """The parameter whose state is spoiled: all before it are good."""
 
@@ -218,8 +222,7 @@ def trained(cls: type, seed: int = 0) -> Any:
     """Two groups, one parameter without a gradient, state of every kind, and a clip."""
     params = parameters(seed, shapes=[*SHAPES, (2,)])
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}]
-    options = {"momentum": 0.9} if cls is fusedreg.SGD else {"amsgrad": True}
-    optimizer = cls(groups, lr=0.1, l1=0.1, max_grad_norm=1.0, **options)
+    optimizer = FULL[cls].make(groups, max_grad_norm=1.0)
     run(optimizer, 1)
     optimizer.state.pop(params[3])
     return optimizer
@@ -303,7 +306,14 @@ def test_groups_that_do_not_fit_are_refused(cls: type, spoil: Spoil, message: st
 
 
 @pytest.mark.parametrize(
-    ("cls", "name"), [(cls, name) for cls in CLASSES for name in STATES[cls.__name__]]
+    ("cls", "name"),
+    [
+        (cls, name)
+        for cls in CLASSES
+        if len(cls.tensor_states + cls.scalar_states) > 1  # else it would lack all, as is allowed
+        for name in cls.tensor_states + cls.scalar_states
+        if name not in cls.late_states
+    ],
 )
 def test_incomplete_state_is_refused(cls: type, name: str) -> None:
     def spoil(saved: dict[str, Any]) -> None:
@@ -312,9 +322,13 @@ def test_incomplete_state_is_refused(cls: type, name: str) -> None:
     assert_refused(cls, spoil, f"^loaded state dict lacks '{name}' for parameter {LAST}")
 
 
+def states(cls: type) -> set[str]:
+    return {*cls.tensor_states, *cls.scalar_states}
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_state_of_another_class_is_refused(cls: type) -> None:
-    foreign = fusedreg.Adam if cls is fusedreg.SGD else fusedreg.SGD
+    foreign = next(each for each in CLASSES if not states(each) & states(cls))
 
     def spoil(saved: dict[str, Any]) -> None:
         saved["state"][LAST] = copy.deepcopy(trained(foreign).state_dict()["state"][LAST])

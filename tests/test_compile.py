@@ -14,19 +14,14 @@ import fusedreg
 from fusedreg.kernels.launch import LAUNCH_OPTIONS, block_of
 
 import compiled
-from cases import CASES, DTYPES, SOME, Case, by_id
+from cases import CASES, DTYPES, KERNEL_CASES, SOME, Case, by_id
 from compiled import TARGETS, Binary
 
 BY_ID = {case.id: case for case in CASES}
-# Every formula and dtype for one GPU. What differs on others is how many registers it takes, most
-# for the elastic net, and what becomes of each hook, which one rule shows.
-FORMULAS = [case for case in CASES if not case.rule.endswith(("maximize", "dampening"))]
-GATE = [
-    (case, target)
-    for case in FORMULAS
-    for target in TARGETS
-    if target == "sm_90" or case.rule == "adam" or case.penalty == "elastic_net"
-]
+# Every device function in every dtype for every target.
+GATE = [(case, target) for case in KERNEL_CASES for target in TARGETS]
+# Of a layerwise rule some hooks are compiled twice.
+LAMB = [case.penalty for case in CASES if case.rule == "lamb" and case not in KERNEL_CASES]
 
 WIDE_LOAD = r"ld\.global\.(.*\.)?(v4\.\w32|v2\.\w64)"
 WIDE_STORE = r"st\.global\.(.*\.)?(v4\.\w32|v2\.\w64)"
@@ -34,6 +29,8 @@ AMD_STORE = r"(global|buffer)_store_dwordx{}"
 AMD_LOAD = r"(global|buffer)_load_dwordx{}"
 CONTRACTED = r"fma\..*|v_(pk_)?(fma|fmac|mad|mac)_f(32|64).*"
 APPROXIMATE = r"div\.(full|approx).*|sqrt\.approx.*|rsqrt.*|rcp.*"
+
+LAYERWISE = ("norm_kernel", "rows_kernel", "squares_kernel", "fold_kernel", "step_kernel")
 
 Compile = Callable[..., dict[str, Binary]]
 
@@ -63,7 +60,7 @@ def accesses(dtype: torch.dtype, stored: torch.dtype, target: str) -> tuple[int,
     parameter's; 16 bytes is the widest access.
     """
     threads = LAUNCH_OPTIONS["num_warps"] * TARGETS[target][2]
-    words = block_of(dtype) // threads * stored.itemsize // 4
+    words = block_of(dtype, aligned=True) // threads * stored.itemsize // 4
     return max(1, words // 4), min(4, words)
 
 
@@ -75,10 +72,13 @@ def check_resources(kernels: dict[str, Binary]) -> None:
         assert 0 < binary.registers <= 128, name
 
 
-def check_accesses(binary: Binary, dtype: torch.dtype, states: list[torch.dtype], at: str) -> None:
-    """Full blocks of parameter and states are loaded and stored, those of the gradient loaded."""
-    stores = [accesses(dtype, stored, at) for stored in (dtype, *states)]
-    loads = [*stores, accesses(dtype, dtype, at)]
+def check_accesses(
+    binary: Binary, dtype: torch.dtype, states: list[torch.dtype], at: str, stored: bool = True
+) -> None:
+    """Full blocks of parameter and states are loaded, and `stored`, and those of the gradient."""
+    elements = [accesses(dtype, each, at) for each in (dtype, *states)]
+    loads = [*elements, accesses(dtype, dtype, at)]
+    stores = elements if stored else []
     if at.startswith("sm_"):
         assert {words for _, words in loads} == {4}
         assert binary.count(WIDE_LOAD) == sum(times for times, _ in loads)
@@ -87,16 +87,17 @@ def check_accesses(binary: Binary, dtype: torch.dtype, states: list[torch.dtype]
     # AMD's compiler may unroll the loop over blocks, and loads neighbouring numbers of a row at
     # once.
     for words in {words for _, words in loads}:
+        assert binary.count(AMD_LOAD.format(words)) >= sum(n for n, w in loads if w == words)
+    for words in {words for _, words in stores}:
         expected = sum(times for times, w in stores if w == words)
         found = binary.count(AMD_STORE.format(words))
         assert found >= expected
         assert found % expected == 0
-        assert binary.count(AMD_LOAD.format(words)) >= sum(n for n, w in loads if w == words)
 
 
 def check_arithmetic(binary: Binary, case: Case, target: str) -> None:
     """Each operation is rounded once, as IEEE 754 has it."""
-    divides = case.cls is not fusedreg.SGD
+    divides = case.cls not in (fusedreg.SGD, fusedreg.Lion)
     if target.startswith("sm_"):
         assert binary.count(CONTRACTED) == 0
         assert binary.count(APPROXIMATE) == 0
@@ -107,37 +108,69 @@ def check_arithmetic(binary: Binary, case: Case, target: str) -> None:
         assert divides or binary.count(CONTRACTED) == 0
 
 
+def check_squares(
+    kernels: dict[str, Binary], case: Case, dtype: torch.dtype, states: list[torch.dtype], at: str
+) -> None:
+    """The kernels before the step of a layerwise rule store two sums each, and no element."""
+    check_accesses(kernels["squares_kernel"], dtype, states, at, stored=False)
+    check_arithmetic(kernels["squares_kernel"], case, at)
+    for name in ("squares_kernel", "fold_kernel"):
+        stores = {"sm": r"st\.global\.", "gf": r"(global|buffer)_store_"}[at[:2]]
+        two_doubles = {"sm": r"st\.global\.b64", "gf": "global_store_dwordx2"}[at[:2]]
+        assert kernels[name].count(stores + ".*") == kernels[name].count(two_doubles) == 2
+
+
 def states_of(case: Case) -> int:
     optimizer = case.make([torch.ones(1)])
     return len(optimizer.states(optimizer.param_groups[0]))
 
 
+def check(
+    kernels: dict[str, Binary],
+    case: Case,
+    dtype: torch.dtype,
+    target: str,
+    state: torch.dtype | None = None,
+    norm: bool = True,
+) -> None:
+    squares = ["squares_kernel", "fold_kernel"] if case.cls.layerwise else []
+    assert list(kernels) == ["norm_kernel"] * norm + ["rows_kernel", *squares, "step_kernel"]
+    states = [state or dtype] * states_of(case)
+    check_resources(kernels)
+    check_accesses(kernels["step_kernel"], dtype, states, target)
+    check_arithmetic(kernels["step_kernel"], case, target)
+    if squares:
+        check_squares(kernels, case, dtype, states, target)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "target"), GATE, ids=lambda value: getattr(value, "id", value))
 def test_step(binaries: Compile, case: Case, target: str, dtype: torch.dtype) -> None:
-    kernels = binaries(case, dtype, target)
-    assert list(kernels) == ["norm_kernel", "rows_kernel", "step_kernel"]
-    check_resources(kernels)
-    check_accesses(kernels["step_kernel"], dtype, [dtype] * states_of(case), target)
-    check_arithmetic(kernels["step_kernel"], case, target)
+    check(binaries(case, dtype, target), case, dtype, target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", **by_id(SOME))
+@pytest.mark.parametrize("penalty", LAMB)
+def test_any_penalty_in_both_kernels_of_a_layerwise_step(
+    binaries: Compile, penalty: str, dtype: torch.dtype
+) -> None:
+    case = BY_ID[f"lamb-{penalty}"]
+    check(binaries(case, dtype, "sm_90"), case, dtype, "sm_90")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", **by_id([c for c in SOME if c.cls in (fusedreg.SGD, fusedreg.LAMB)])
+)
 def test_step_without_clipping(binaries: Compile, case: Case, dtype: torch.dtype) -> None:
     kernels = binaries(case, dtype, "sm_90", max_grad_norm=None)
-    assert list(kernels) == ["rows_kernel", "step_kernel"]
-    check_resources(kernels)
-    check_accesses(kernels["step_kernel"], dtype, [dtype] * states_of(case), "sm_90")
-    check_arithmetic(kernels["step_kernel"], case, "sm_90")
+    check(kernels, case, dtype, "sm_90", norm=False)
 
 
 @pytest.mark.parametrize("case", **by_id(SOME))
 def test_wider_states(binaries: Compile, case: Case) -> None:
     kernels = binaries(case, torch.bfloat16, "sm_90", state_dtype=torch.float32)
-    check_resources(kernels)
-    states = [torch.float32] * states_of(case)
-    check_accesses(kernels["step_kernel"], torch.bfloat16, states, "sm_90")
+    check(kernels, case, torch.bfloat16, "sm_90", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,14 +180,17 @@ def test_norm_reads_full_blocks_16_bytes_at_a_time(binaries: Compile, dtype: tor
     assert binaries(SOME[0], dtype, "sm_90")["norm_kernel"].count(WIDE_LOAD) == times
 
 
+ODD = [("lamb", "sm_80"), ("lamb", "sm_90"), ("rmsprop_centered_momentum", "sm_90")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("rule", "target"), ODD)
 def test_no_wide_access_where_an_address_is_odd(
-    binaries: Compile, target: str, dtype: torch.dtype
+    binaries: Compile, rule: str, target: str, dtype: torch.dtype
 ) -> None:
-    kernels = binaries(BY_ID["adamw-elastic_net"], dtype, target, offset=1)
+    kernels = binaries(BY_ID[f"{rule}-elastic_net"], dtype, target, offset=1)
     check_resources(kernels)
-    for name in ("norm_kernel", "step_kernel"):
+    for name in set(kernels) - {"rows_kernel", "fold_kernel"}:
         assert kernels[name].count(r"(ld|st)\.global\.(.*\.)?v\d.*") == 0
 
 
@@ -169,6 +205,11 @@ def test_products_and_sums_are_contracted_only_on_request(binaries: Compile, tar
 # ---- when a kernel is compiled -------------------------------------------------------------------
 
 EDITS = {  # what is edited: case, kernels that change, file, old and new text
+    "layerwise rule": (
+        "lamb-none", "squares step", "rules",
+        "return direction, gain, (m, v)\n", "return m, gain, (m, v)\n",
+    ),
+    "trust ratio": ("lamb-none", "step", "rules", "1.0, ratio)", "2.0, ratio)"),
     "rule": (
         "adam-none", "step", "rules", "return direction, gain, (m, v)\n", "return m, gain, (m, v)\n"
     ),
@@ -201,20 +242,36 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_function_is_compiled_anew(submit: Callable[..., Any], edit: str) -> None:
-    case, kernel, *text = EDITS[edit]
+    case, kernels, *text = EDITS[edit]
     before, copied, after = (
         submit(compiled.hashes_after, change, BY_ID[case]) for change in (None, None, tuple(text))
     )
     assert copied == before  # it is not the file's name that counts
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {f"{kernel}_kernel" for kernel in kernels.split()}
+
+
+OWN_EDITS = {  # kernels that change: old and new text
+    "rows": ("t = counts[0] + 1.0", "t = counts[0] + 2.0"),
+    "step": ("return x * x", "return x * x * x"),
+}
+
+
+@pytest.mark.parametrize("kernel", OWN_EDITS)
+def test_an_edited_function_of_a_user_is_compiled_anew(
+    submit: Callable[..., Any], kernel: str
+) -> None:
+    old, new = OWN_EDITS[kernel]
+    before, after = (submit(compiled.hashes_of_own, old, text) for text in (old, new))
     assert {name for name in before if after[name] != before[name]} == {f"{kernel}_kernel"}
 
 
 def change_numbers() -> None:
-    """A hundred steps, each with other numbers; runs where kernels are compiled."""
+    """Fifty steps, each with other numbers; runs where kernels are compiled."""
     params = compiled.params(torch.float32, [compiled.FULL, compiled.PARTIAL])
     groups = [{"params": [param]} for param in params]
-    optimizer = fusedreg.AdamW(groups, l1=1e-3, max_grad_norm=1.0, skip_nonfinite=True)
-    for step in range(1, 101):
+    optimizer = fusedreg.LAMB(groups, l1=1e-3, max_grad_norm=1.0, skip_nonfinite=True)
+    for step in range(1, 51):
         for group in optimizer.param_groups:
             group["lr"] = group["l1"] = 1 / step
             group["betas"] = (1 - 1 / (step + 1), 1 - 1 / (step + 2))
@@ -227,12 +284,12 @@ def change_tensors() -> None:
     """Triton compiles for an integer that is 1, and for multiples of 16, unless told not to."""
     for tensors in (1, 2, 3, 16, 17, 48, 300):
         params = compiled.params(torch.float32, [compiled.PARTIAL] * tensors)
-        fusedreg.AdamW(params, lr=0.1, l1=1e-3, max_grad_norm=1.0).step()
+        fusedreg.LAMB(params, lr=0.1, l1=1e-3, max_grad_norm=1.0).step()
 
 
 def scale_gradients() -> None:
     """What GradScaler says is read on the device."""
-    optimizer = fusedreg.AdamW(compiled.params(torch.float16, [compiled.PARTIAL]), fused=True)
+    optimizer = fusedreg.LAMB(compiled.params(torch.float16, [compiled.PARTIAL]), fused=True)
     optimizer.max_grad_norm = 1.0
     with mock.patch.object(fusedreg.inventory, "on_host", return_value=False):
         for scale in (2.0, 4.0):
@@ -242,7 +299,7 @@ def scale_gradients() -> None:
 
 @pytest.mark.parametrize("action", [change_numbers, change_tensors, scale_gradients])
 def test_one_binary_serves_all(submit: Callable[..., Any], action: Callable[[], None]) -> None:
-    assert submit(compiled.used, action) == {"norm_kernel": 1, "rows_kernel": 1, "step_kernel": 1}
+    assert submit(compiled.used, action) == dict.fromkeys(LAYERWISE, 1)
 
 
 def two_buckets() -> None:
@@ -250,10 +307,10 @@ def two_buckets() -> None:
     for first in (1, 15, 16):
         wide = compiled.params(torch.float32, [compiled.PARTIAL] * first)
         narrow = compiled.params(torch.bfloat16, [compiled.PARTIAL] * 3)
-        fusedreg.AdamW([*wide, *narrow], lr=0.1, max_grad_norm=1.0).step()
+        fusedreg.LAMB([*wide, *narrow], lr=0.1, max_grad_norm=1.0).step()
 
 
 def test_one_binary_for_each_bucket(submit: Callable[..., Any]) -> None:
     used = submit(compiled.used, two_buckets)
-    # Only the rows of the first bucket of a device store the norm.
-    assert used == {"norm_kernel": 2, "rows_kernel": 2, "step_kernel": 2}
+    # Only the rows of the first bucket of a device store the norm, and sums have one dtype.
+    assert used == {**dict.fromkeys(LAYERWISE, 2), "fold_kernel": 1}

@@ -20,13 +20,16 @@ from ranks import on_every_rank
 from spread import (
     ADAM,
     ADAMW,
+    LAMB,
     MAX_NORM,
+    OTHERS,
     SGD,
     SHAPES,
     STEPS,
     assert_close,
     backward,
     follow,
+    local,
     name,
     wholes,
     wrapped,
@@ -61,6 +64,8 @@ def transfer(source: tuple[nn.Module, Any], target: tuple[nn.Module, Any], how: 
         ("hsdp", ADAM, "sharded"),
         ("fsdp1", ADAM, "full"),
         ("fsdp1_views", SGD, "full"),
+        ("fsdp2", LAMB, "full"),
+        *(("fsdp2", case, "flattened") for case in OTHERS),
     ],
     ids=name,
 )
@@ -92,6 +97,21 @@ def test_checkpoint_before_training_changes_no_training(wrapper: str, case: Case
     get_optimizer_state_dict(model, optimizer)
     assert_close(wholes(model), before, rtol=0, atol=0)
     follow(optimizer, alone, lambda seed: backward(model, seed), lambda: wholes(model))
+
+
+@on_every_rank
+def test_sums_begin_where_they_are_told_to_after_a_checkpoint_before_training() -> None:
+    """And a file says so to an optimizer that was told another beginning."""
+    (case,) = (case for case in OTHERS if case.rule == "adagrad_decay")
+    first, second = (
+        wrapped("fsdp2", case, initial_accumulator_value=start) for start in (0.25, 4.0)
+    )
+    for source, target, expected in ((first, first, 0.25), (first, second, 0.25)):
+        transfer(source, target, "flattened")
+        for state in target[1].state.values():
+            assert (local(state["sum"]) == expected).all()
+            assert state["step"] == 0
+        assert target[1].param_groups[0]["decay_lr"] == case.options["lr"]
 
 
 @pytest.mark.parametrize("how", ["full", "full_from_rank0"])

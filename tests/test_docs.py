@@ -12,7 +12,8 @@ import pytest
 import fusedreg
 
 import pages
-from pages import CLASSES, PAGES, ROOT, Example, blocks, examples, formula, output
+from cases import CLASSES
+from pages import PAGES, ROOT, Example, blocks, examples, formula, output
 
 
 def examples_here() -> list[object]:

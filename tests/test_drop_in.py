@@ -22,15 +22,27 @@ from torch.optim.optimizer import (
 
 import fusedreg
 
-from cases import PATHS, SOME, TORCH_CASES, Case, by_id, parameters, run, set_grads, tensors
+from cases import (
+    CLASSES,
+    PATHS,
+    SOME,
+    TORCH_CASES,
+    TORCH_CLASSES,
+    Case,
+    by_id,
+    parameters,
+    run,
+    set_grads,
+    tensors,
+)
 from compare import assert_close, frozen, parameters_of, refused, results, snapshot
 
-CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
 SHAPES = [(0,), (5, 3), (), (17,)]
 
 
 def torchs(cls: type) -> type[torch.optim.Optimizer]:
-    return getattr(torch.optim, cls.__name__)
+    """The namesake, or any other of torch's: around the step they are alike."""
+    return getattr(torch.optim, cls.__name__, torch.optim.SGD)
 
 
 # ---- hooks, names, zero_grad ---------------------------------------------------------------------
@@ -95,7 +107,7 @@ def test_zero_grad_clears_or_fills(cls: type, path: str) -> None:
     assert all(param.grad is None for param in parameters_of(optimizer))
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", TORCH_CLASSES)
 def test_profiler_calls_a_step_as_torch_does(cls: type) -> None:
     seen = []
     for make in (cls, torchs(cls)):
@@ -321,6 +333,65 @@ def test_default_device_matters_to_nothing(case: Case, path: str) -> None:
         with default_device(device):
             assert life(case, path) == expected
     assert torch.get_default_device() == torch.device("cpu")
+
+
+# ---- to torch, and what only one class has -------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", **by_id([case for case in SOME if case.torch_cls is not None]))
+def test_torch_goes_on_from_a_file_with_l1_and_takes_it_for_its_own(case: Case) -> None:
+    optimizer = case.make(parameters(shapes=SHAPES))
+    run(optimizer, 2)
+    saved = optimizer.state_dict()
+    bare = copy.deepcopy(saved)
+    known = {*case.torch_cls(parameters()).param_groups[0]}
+    for state in bare["state"].values():
+        state.pop("momentum_mass", None)
+    for group in bare["param_groups"]:
+        for name in group.keys() - known:
+            del group[name]
+    ends = []
+    for file in (saved, bare):
+        params = [nn.Parameter(param.detach().clone()) for param in parameters_of(optimizer)]
+        theirs = case.torch_cls(params)
+        theirs.load_state_dict(file)
+        run(theirs, 2)
+        ends.append(frozen(params))
+    assert ends[0] == ends[1]
+
+
+def test_adagrad_moves_its_sums_into_shared_memory(path: str) -> None:
+    options = {"initial_accumulator_value": 0.25, **PATHS[path]}
+    early, late, plain = (fusedreg.Adagrad(parameters(shapes=SHAPES), **options) for _ in range(3))
+    early.share_memory()
+    assert all((early.state[param]["sum"] == 0.25).all() for param in parameters_of(early))
+    for optimizer in (early, late, plain):
+        run(optimizer, 1)
+    late.share_memory()  # of state that has been stepped: the next step goes on there
+    for optimizer in (early, late, plain):
+        run(optimizer, 1)
+    assert results(early) == results(late) == results(plain)
+    for optimizer in (early, late):
+        assert all(optimizer.state[param]["sum"].is_shared() for param in parameters_of(optimizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_sums_of_adagrad_begin_where_torchs_do_whenever_a_parameter_comes(
+    dtype: torch.dtype, path: str
+) -> None:
+    runs = []
+    for make, options in (fusedreg.Adagrad, PATHS[path]), (torch.optim.Adagrad, {}):
+        params = [nn.Parameter(value.to(dtype)) for value in tensors(0, shapes=[(5,), (3,), (2,)])]
+        optimizer = make(params[:1], lr=0.1, initial_accumulator_value=0.5, **options)
+        run(optimizer, 2)
+        optimizer.add_param_group({"params": params[1:2]})
+        run(optimizer, 1)
+        # torch creates the state at once and fusedreg in the first step, both from the constructor's.
+        optimizer.add_param_group({"params": params[2:]})
+        run(optimizer, 2)
+        runs.append([*params, *(optimizer.state[param]["sum"] for param in params)])
+    # 2 ulp a step as in test_oracle.
+    assert_close(*runs, ulps=5 * 2)
 
 
 # ---- training loops ------------------------------------------------------------------------------

@@ -30,13 +30,15 @@ from torch.distributed.tensor.parallel import (
 
 import fusedreg
 
-from cases import CASES, PATHS, parameters, set_grads, tensors
-from compare import parameters_of
+from cases import CASES, PATHS, Case, parameters, set_grads, tensors
+from compare import frozen, parameters_of
 from ranks import WORLD, on_every_rank
 from spread import (
     ADAMW,
+    LAMB,
     LAYOUTS,
     MAX_NORM,
+    OTHERS,
     SHAPES,
     STEPS,
     Collectives,
@@ -45,6 +47,7 @@ from spread import (
     held,
     local,
     mesh,
+    name,
     needs_interpreter,
     paths,
     set_spread_grads,
@@ -78,6 +81,99 @@ def test_dtensors_of_any_layout_train_as_one_process(layout: str, path: str) -> 
     with Collectives() as collectives:
         optimizer.step()
     assert collectives.seen == Counter(allreduce=all_reduces), collectives.seen
+
+
+def sums(params: list[nn.Parameter], together: bool) -> int:
+    """All-reduces of a layerwise step: for each way to be spread, or each tensor by itself."""
+    each = [fusedreg.dist.spread_of(param) for param in params]
+    return sum(len(one.dims) for one in (set(each) if together else each) if one is not None)
+
+
+def assert_all_ranks_have(params: list[nn.Parameter]) -> None:
+    """The same bits."""
+    mine = frozen(list(map(whole, params)))
+    others: list[Any] = [None] * WORLD
+    dist.all_gather_object(others, mine)
+    assert all(other == mine for other in others)
+
+
+@pytest.mark.parametrize(
+    ("layout", "path"),
+    [
+        *((layout, "default") for layout in LAYOUTS),
+        ("two_meshes", "reference"),
+        pytest.param("some_dimensions", "fused", marks=needs_interpreter),
+    ],
+)
+@on_every_rank
+def test_norms_of_tensors_are_those_of_whole_tensors(layout: str, path: str) -> None:
+    """And take one all-reduce for each dimension of each way to be spread.
+
+    The sums differ in their order: 1e-16, of which the trust ratio hands on a half.
+    """
+    all_reduces, layouts = LAYOUTS[layout]
+    params, twins = spread_all(layouts), parameters(shapes=SHAPES)
+    optimizer, alone = (
+        LAMB.make(
+            [{"params": each[:2], "lr": 0.05}, {"params": each[2:]}], how, max_grad_norm=MAX_NORM
+        )
+        for each, how in ((params, path), (twins, "reference"))
+    )
+
+    def gradients(seed: int) -> None:
+        set_spread_grads(params, layouts, seed)
+
+    follow(optimizer, alone, gradients, lambda: list(map(whole, params)))
+    assert_all_ranks_have(params)
+    with Collectives() as collectives:
+        optimizer.step()
+    expected = all_reduces + sums(params, together=path != "reference")
+    assert collectives.seen == Counter(allreduce=expected), collectives.seen
+
+
+@on_every_rank
+def test_norms_of_tensors_on_two_paths_and_of_some_that_come_and_go() -> None:
+    """Complex parameters and those of a group with fused=False are the reference's."""
+    layouts = ["4:0", "22:01", "", "4:R", "4:2"]
+
+    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        numbers = [nn.Parameter(p.detach().to(torch.complex128)) for p in params[:3]]
+        plain = {"params": numbers, "l1": 0.0}  # of a complex number there is no L1
+        return [{"params": params[:3]}, {"params": params[3:], "fused": False}, plain]
+
+    optimizer = LAMB.make(groups(spread_all(layouts)), "default")
+    alone = LAMB.make(groups(parameters(shapes=SHAPES)))
+    assert optimizer.backend == "llvm and reference"
+    pairs = list(zip(parameters_of(optimizer), parameters_of(alone), strict=True))
+    for step, idle in enumerate([{0, 4, 6}, set(), {1, 3}, set(range(8)), {0, 4, 6}]):
+        set_grads(parameters_of(alone), step)
+        for index, (param, twin) in enumerate(pairs):
+            layout = (layouts + layouts[:3])[index]
+            param.grad = None if index in idle else spread(twin.grad, layout)
+            twin.grad = None if index in idle else twin.grad
+        optimizer.step()
+        alone.step()
+        assert_close([whole(param) for param, _ in pairs], [twin for _, twin in pairs])
+    assert_all_ranks_have(parameters_of(optimizer))
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=name)
+@on_every_rank
+def test_states_of_every_class_are_placed_as_their_parameter(case: Case) -> None:
+    _, layouts = LAYOUTS["some_dimensions"]
+    params, twins = spread_all(layouts), parameters(shapes=SHAPES)
+    optimizer, alone = case.make(params, "default"), case.make(twins)
+    follow(
+        optimizer,
+        alone,
+        lambda seed: set_spread_grads(params, layouts, seed),
+        lambda: list(map(whole, params)),
+    )
+    for param, twin in zip(params, twins, strict=True):
+        for kind in optimizer.tensor_states:
+            state = optimizer.state[param][kind]
+            assert (state.device_mesh, state.placements) == (param.device_mesh, param.placements)
+            assert_close([whole(state)], [alone.state[twin][kind]])
 
 
 @paths

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -14,12 +17,19 @@ from torch.testing._internal import common_optimizers
 
 import fusedreg
 
-from cases import PATHS, parameters, set_grads
+from cases import CLASSES, PATHS, TORCH_CLASSES, parameters, set_grads
 from compare import refused
 
-CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
-ADAMS = CLASSES[1:]
 NAN = math.nan
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    return cls(parameters()).defaults
+
+
+def having(option: str) -> list[type]:
+    """The classes that have an option."""
+    return [cls for cls in CLASSES if option in defaults(cls)]
 
 
 # ---- torch's own list --------------------------------------------------------------------------
@@ -27,7 +37,7 @@ NAN = math.nan
 
 def upstream_errors() -> Iterator[Any]:
     """The CPU entries of `optim_error_inputs_func_*`, and those for CUDA, where it has no list."""
-    for cls in CLASSES:
+    for cls in TORCH_CLASSES:
         listed = getattr(common_optimizers, f"optim_error_inputs_func_{cls.__name__.lower()}")
         for entry in listed("cpu", torch.float32):
             assert entry.error_on is common_optimizers.OptimizerErrorEnum.CONSTRUCTION_ERROR
@@ -56,26 +66,31 @@ def test_torchs_errors(
 
 # ---- options -----------------------------------------------------------------------------------
 
-BAD_OPTIONS: list[tuple[list[type], str, str, list[Any]]] = [
-    (CLASSES, "lr", "learning rate", [-1.0, NAN, torch.tensor(-1.0), torch.tensor(NAN)]),
-    (CLASSES, "weight_decay", "weight_decay value", [-1, -1e-9, NAN, torch.tensor(-1.0)]),
-    (CLASSES, "l1", "l1 value", [-0.1, NAN, -math.inf]),
-    (CLASSES, "l1_mode", "l1_mode value", ["lasso", "", None]),
-    ([fusedreg.SGD], "momentum", "momentum value", [-0.5, NAN]),
-    ([fusedreg.SGD], "dampening", "dampening value", [NAN]),
-    (ADAMS, "eps", "epsilon value", [-1e-8, NAN]),
-    (ADAMS, "betas", "beta parameter at index 0", [(1.0, 0.9), (-0.1, 0.9), (NAN, 0.9)]),
-    (ADAMS, "betas", "beta parameter at index 1", [(0.9, 1.0), (0.9, -0.1), (0.9, NAN)]),
-]
-options = pytest.mark.parametrize(
-    ("cls", "name", "label", "value"),
-    [
-        pytest.param(cls, name, label, value, id=f"{cls.__name__}-{name}={value}")
-        for classes, name, label, bad in BAD_OPTIONS
-        for value in bad
-        for cls in classes
+# What is wrong in every class that has the option, and what torch calls that.
+BAD_OPTIONS: dict[str, list[tuple[str, list[Any]]]] = {
+    "lr": [("learning rate", [-1.0, NAN, torch.tensor(-1.0), torch.tensor(NAN)])],
+    "weight_decay": [("weight_decay value", [-1, -1e-9, NAN, torch.tensor(-1.0)])],
+    "l1": [("l1 value", [-0.1, NAN, -math.inf])],
+    "l1_mode": [("l1_mode value", ["lasso", "", None])],
+    "momentum": [("momentum value", [-0.5, NAN])],
+    "dampening": [("dampening value", [NAN])],
+    "alpha": [("alpha value", [-0.1, 1.0, NAN, torch.tensor(1.0)])],
+    "lr_decay": [("lr_decay value", [-0.5, NAN])],
+    "initial_accumulator_value": [("initial_accumulator_value value", [-0.1, NAN, math.inf])],
+    "eps": [("epsilon value", [-1e-8, NAN])],
+    "betas": [
+        ("beta parameter at index 0", [(1.0, 0.9), (-0.1, 0.9), (NAN, 0.9)]),
+        ("beta parameter at index 1", [(0.9, 1.0), (0.9, -0.1), (0.9, NAN)]),
     ],
-)
+}
+
+
+def bad_options(cls: type) -> Iterator[tuple[str, Any, str]]:
+    """Name, bad value and message of each."""
+    for name in BAD_OPTIONS.keys() & defaults(cls):
+        for label, values in BAD_OPTIONS[name]:
+            for value in values:
+                yield name, value, rf"^Invalid {label}.*\(expected"
 
 
 def trained(cls: type, path: str = "reference", **kwargs: Any) -> Any:
@@ -89,48 +104,126 @@ def trained(cls: type, path: str = "reference", **kwargs: Any) -> Any:
     return optimizer
 
 
-@options
-def test_bad_option_is_refused_by_the_constructor(
-    cls: type, name: str, label: str, value: Any
-) -> None:
-    with pytest.raises(ValueError, match=rf"Invalid {label}.*\(expected"):
-        cls(parameters(), **{name: value})
-
-
-@options
-def test_bad_option_is_refused_by_add_param_group(
-    cls: type, name: str, label: str, value: Any
-) -> None:
-    optimizer = trained(cls)
-    group = {"params": list(torch.nn.Linear(2, 2).named_parameters()), name: value}
-    with refused(optimizer, ValueError, f"Invalid {label}", r"\(expected"):
-        optimizer.add_param_group(group)
-    optimizer.step()  # the group that was refused is not in the way
-
-
-@options
-def test_bad_option_edited_into_a_group_is_refused_by_step(
-    cls: type, name: str, label: str, value: Any, path: str
-) -> None:
-    optimizer = trained(cls, path)
-    optimizer.param_groups[1][name] = value
-    if isinstance(value, torch.Tensor) and not fusedreg.checks.on_host(value):
-        optimizer.step()  # which does not wait for a value on an accelerator
-    else:
-        with refused(optimizer, ValueError, f"Invalid {label}", r"\(expected"):
-            optimizer.step()
-
-
-@pytest.mark.parametrize("value", ["0.1", None, [0.1]], ids=repr)
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "l1"])
 @pytest.mark.parametrize("cls", CLASSES)
-def test_option_that_is_no_number_is_refused(cls: type, name: str, value: Any, path: str) -> None:
-    with pytest.raises(TypeError, match=r"Invalid .*\(expected a number"):
-        cls(parameters(), **{name: value})
+def test_bad_option_is_refused_by_the_constructor(cls: type) -> None:
+    for name, value, message in bad_options(cls):
+        with pytest.raises(ValueError, match=message):
+            cls(parameters(), **{name: value})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_bad_option_is_refused_by_add_param_group(cls: type) -> None:
+    optimizer = trained(cls)
+    for name, value, message in bad_options(cls):
+        group = {"params": list(nn.Linear(2, 2).named_parameters()), name: value}
+        with refused(optimizer, ValueError, message):
+            optimizer.add_param_group(group)
+    optimizer.step()  # the groups that were refused are not in the way
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_bad_option_edited_into_a_group_is_refused_by_step(cls: type, path: str) -> None:
     optimizer = trained(cls, path)
-    optimizer.param_groups[1][name] = value
-    with refused(optimizer, TypeError, "Invalid", r"\(expected a number"):
-        optimizer.step()
+    group = optimizer.param_groups[1]
+    for name, value, message in bad_options(cls):
+        if isinstance(value, torch.Tensor) and not fusedreg.checks.on_host(value):
+            continue  # a step does not wait for a value on an accelerator
+        good, group[name] = group[name], value
+        with refused(optimizer, ValueError, message):
+            optimizer.step()
+        group[name] = good
+    optimizer.step()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_option_that_is_no_number_is_refused(cls: type, path: str) -> None:
+    optimizer = trained(cls, path)
+    group, message = optimizer.param_groups[1], r"^Invalid .*\(expected a number"
+    numbers = [name for name, value in defaults(cls).items() if type(value) in (int, float)]
+    assert {"lr", "weight_decay", "l1"} < {*numbers}
+    for name in set(numbers) - {"decay_lr"}:  # which is the lr
+        for value in ("0.1", None, [0.1]):
+            with pytest.raises(TypeError, match=message):
+                cls(parameters(), **{name: value})
+            good, group[name] = group[name], value
+            with refused(optimizer, TypeError, message):
+                optimizer.step()
+            group[name] = good
+    optimizer.step()
+
+
+@pytest.mark.parametrize("make", [*CLASSES, partial(fusedreg.FusedOptimizer, defaults={"lr": 0.1})])
+def test_unknown_option_is_refused(make: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'lambda1'"):
+        make(parameters(), lambda1=0.1)
+
+
+# ---- options that do not go together -----------------------------------------------------------
+
+
+def added(optimizer: Any, options: dict[str, Any]) -> Callable[[], Any]:
+    group = {"params": list(nn.Linear(2, 2).named_parameters()), **options}
+    return partial(optimizer.add_param_group, group)
+
+
+def loaded(optimizer: Any, options: dict[str, Any]) -> Callable[[], Any]:
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][1].update(options)
+    return partial(optimizer.load_state_dict, saved)
+
+
+def edited(optimizer: Any, options: dict[str, Any]) -> Callable[[], Any]:
+    optimizer.param_groups[1].update(options)
+    return optimizer.step
+
+
+WAYS = {
+    "constructed": lambda optimizer, options: partial(type(optimizer), parameters(), **options),
+    "added": added,
+    "loaded": loaded,
+    "edited": edited,
+}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def assert_refused(cls: type, way: str, message: str, path: str = "reference", **more: Any) -> None:
+    """However the options come into the optimizer, nothing changes."""
+    optimizer = trained(cls, path)
+    attempt = WAYS[way](optimizer, more)
+    with refused(optimizer, ValueError, message):
+        attempt()
+
+
+def chooses_its_decay(cls: type) -> bool:
+    """AdamW's is always decoupled."""
+    return "decoupled_weight_decay" in signature(cls).parameters
+
+
+@ways
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if chooses_its_decay(cls)])
+def test_only_a_decoupled_decay_can_leave_out_lr(cls: type, way: str) -> None:
+    options = {"lr_independent_decay": True, "decoupled_weight_decay": False}
+    assert_refused(cls, way, "^lr_independent_decay=True needs decoupled_weight_decay", **options)
+
+
+@ways
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_decay_that_leaves_out_lr_needs_one_to_divide_by(cls: type, way: str) -> None:
+    options = {"lr_independent_decay": True}
+    if chooses_its_decay(cls):
+        options["decoupled_weight_decay"] = True
+    zero = {"lr": 0.0} if way in ("constructed", "added") else {"decay_lr": 0.0}
+    assert_refused(cls, way, "^Invalid decay_lr value: 0 ", **options, **zero)
+
+
+WITHOUT_PROX = [cls for cls in CLASSES if defaults(cls)["l1_mode"] != "prox"]
+
+
+@ways
+@pytest.mark.parametrize("cls", WITHOUT_PROX)
+def test_a_class_that_no_threshold_can_solve_refuses_one(cls: type, way: str, path: str) -> None:
+    message = f"^Invalid l1_mode value: 'prox' for {cls.__name__}: .*l1_mode='decoupled'"
+    assert_refused(cls, way, message, path, l1_mode="prox")
 
 
 @pytest.mark.parametrize(
@@ -177,9 +270,10 @@ def test_nesterov_needs_momentum_without_dampening(kwargs: dict[str, float], pat
 
 
 @pytest.mark.parametrize("momentum", [1.0, 1.5])
-def test_momentum_of_one_has_no_l1_threshold(momentum: float, path: str) -> None:
-    fusedreg.SGD(parameters(), momentum=momentum)  # without l1 torch's answer stands: allowed
-    optimizer = trained(fusedreg.SGD, path, momentum=0.9, l1=0.1)
+@pytest.mark.parametrize("cls", having("momentum"))
+def test_momentum_of_one_has_no_l1_threshold(cls: type, momentum: float, path: str) -> None:
+    cls(parameters(), momentum=momentum)  # without l1 torch's answer stands: allowed
+    optimizer = trained(cls, path, momentum=0.9, l1=0.1)
     optimizer.param_groups[1]["momentum"] = momentum
     with refused(optimizer, ValueError, f"Invalid momentum value: {momentum}", "l1_mode='prox'"):
         optimizer.step()
@@ -265,20 +359,20 @@ BAD_GRADS: list[tuple[Callable[[], torch.Tensor], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("make", "message", "remedy"), BAD_GRADS, ids=[bad[0].__name__ for bad in BAD_GRADS]
-)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_bad_gradient_is_refused(
-    cls: type, make: Callable[[], torch.Tensor], message: str, remedy: str, path: str
-) -> None:
+def test_bad_gradient_is_refused(cls: type, path: str) -> None:
     optimizer = trained(cls, path)
-    bad = make()
-    optimizer.param_groups[1]["params"].append(bad)
-    optimizer.param_groups[1]["param_names"].append("layer.bad")
-    shape = re.escape(str(tuple(bad.shape)))
-    with refused(optimizer, RuntimeError, message, remedy, "'layer.bad'", shape, str(bad.dtype)):
-        optimizer.step()
+    group = optimizer.param_groups[1]
+    for make, *words in BAD_GRADS:
+        bad = make()
+        group["params"].append(bad)
+        group["param_names"].append("layer.bad")
+        shape = re.escape(str(tuple(bad.shape)))
+        with refused(optimizer, RuntimeError, *words, "'layer.bad'", shape, str(bad.dtype)):
+            optimizer.step()
+        group["params"].pop()
+        group["param_names"].pop()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -290,8 +384,15 @@ def test_parameter_without_a_name_is_given_by_its_index(cls: type, path: str) ->
         optimizer.step()
 
 
-@pytest.mark.parametrize("l1_mode", ["prox", "decoupled", "subgradient"])
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("cls", "l1_mode"),
+    [
+        (cls, mode)
+        for cls in CLASSES
+        for mode in fusedreg.checks.L1_MODES
+        if mode != "prox" or cls not in WITHOUT_PROX
+    ],
+)
 def test_complex_parameter_with_l1_is_refused(cls: type, l1_mode: str, path: str) -> None:
     message = ("Invalid l1 value: 0.1 for a complex parameter", "l1=0", "'phase'")
     phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
@@ -319,23 +420,20 @@ def test_error_in_the_closure_passes_through(cls: type, path: str) -> None:
         optimizer.step(closure)
 
 
-@pytest.mark.parametrize("name", ["momentum", "dampening"])
-def test_prox_needs_momentum_and_dampening_below_one(name: str, path: str) -> None:
+@pytest.mark.parametrize(
+    ("cls", "name"), [(cls, name) for name in ("momentum", "dampening") for cls in having(name)]
+)
+def test_prox_needs_momentum_and_dampening_below_one(cls: type, name: str, path: str) -> None:
     options = {"momentum": 0.9, name: 1.0}
     with pytest.raises(ValueError, match=f"Invalid {name} value: 1.0 .*prox"):
-        fusedreg.SGD([nn.Parameter(torch.ones(2))], l1=0.1, **options, **PATHS[path])
-    optimizer = fusedreg.SGD([nn.Parameter(torch.ones(2))], **options, **PATHS[path])
+        cls([nn.Parameter(torch.ones(2))], l1=0.1, **options, **PATHS[path])
+    optimizer = cls([nn.Parameter(torch.ones(2))], **options, **PATHS[path])
     optimizer.param_groups[0]["l1"] = 0.1
     with refused(optimizer, ValueError, f"Invalid {name} value: 1.0"):
         optimizer.step()
 
 
-def test_dampening_must_be_a_number() -> None:
-    with pytest.raises(TypeError, match="Invalid dampening value: 'a'"):
-        fusedreg.SGD([nn.Parameter(torch.ones(2))], momentum=0.9, dampening="a")
-
-
-@pytest.mark.parametrize("cls", [fusedreg.Adam, fusedreg.AdamW])
+@pytest.mark.parametrize("cls", having("betas"))
 def test_betas_must_be_two(cls: type) -> None:
     with pytest.raises(ValueError, match="expected two numbers"):
         cls([nn.Parameter(torch.ones(2))], betas=(0.9, 0.99, 0.9))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from math import exp, log
+from math import cos, exp, log, pi, prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -210,6 +210,43 @@ def test_adamw_stays_in_its_box_and_adam_does_not() -> None:
     assert largest[2.0] > 0.5
 
 
+# ---- decay_forms --------------------------------------------------------------------------------
+
+ROUNDED = 2000 * 2**-52
+"""Two roundings in each of 1000 steps, relative to the weight."""
+
+
+def test_what_each_form_of_decay_obeys() -> None:
+    obeys = {}
+    for name, ways in numbers("decay_forms").items():
+        first, *others = (torch.tensor(way, dtype=torch.float64) for way in ways.values())
+        # eps of Adam's 1e-8 is all that can tell a gradient from twice the gradient.
+        same = 1e-7 if name == "coupled (Adam)" else ROUNDED
+        obeys[name] = [((way / first - 1).abs().max() > same).item() for way in others]
+    assert obeys == {  # half the lr, twice the weight_decay
+        "coupled (Adam)": [True, False],
+        "decoupled (AdamW)": [True, True],
+        "independent of lr (AdamW)": [False, True],
+        "in the trust ratio (LAMB)": [True, False],
+    }
+
+
+@pytest.mark.parametrize("change", ["as it is", "half the lr", "twice the weight_decay"])
+def test_what_is_left_is_the_product_of_the_steps(change: str) -> None:
+    module, ways = script("decay_forms"), numbers("decay_forms")
+    of_lr, of_decay = module.CHANGES[change]
+    cosine = [(1 + cos(pi * step / module.STEPS)) / 2 for step in range(module.STEPS)]
+    lost = {
+        "decoupled (AdamW)": of_lr * of_decay * module.LR,
+        "independent of lr (AdamW)": of_decay * module.LR,
+        "in the trust ratio (LAMB)": of_lr * module.LR,
+    }
+    for name, fraction in lost.items():
+        left = prod(1 - fraction * rate for rate in cosine)
+        # torch computes the cosine step by step, from the one before.
+        assert ways[name][change][-1] == pytest.approx(left, rel=1e-9)
+
+
 # ---- ulp_error ----------------------------------------------------------------------------------
 
 
@@ -257,6 +294,7 @@ NAMES = (
     "cross_validation",
     "trajectories",
     "adamw_box",
+    "decay_forms",
     "ulp_error",
 )
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fusedreg
 from fusedreg import backend
 
-from cases import CASES, KERNEL_CASES, SOME, Case, by_id, parameters, run, tensors
+from cases import KERNEL_CASES, SOME, Case, by_id, parameters, run, set_grads, tensors
 from compare import assert_close, frozen, parameters_of, results
 
 engine: Any = importlib.import_module("fusedreg.kernels.host.engine")
@@ -29,6 +29,10 @@ launch: Any = importlib.import_module("fusedreg.kernels.host.launch")
 values: Any = importlib.import_module("fusedreg.kernels.host.values")
 build: Any = importlib.import_module("fusedreg.kernels.host.build")
 language: Any = importlib.import_module("fusedreg.kernels.language")
+rules: Any = importlib.import_module("fusedreg.kernels.rules")
+own: Any = importlib.import_module("own")
+tl: Any = importlib.import_module("triton.language")
+where: Any = tl.where
 
 LOW = (torch.float16, torch.bfloat16)
 SIZES = [0, 1, 15, 17, 63, 65, engine.CHUNK - 1, engine.CHUNK, engine.CHUNK + 1]
@@ -38,9 +42,9 @@ SIZES = [0, 1, 15, 17, 63, 65, engine.CHUNK - 1, engine.CHUNK, engine.CHUNK + 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-@pytest.mark.parametrize("case", **by_id(CASES))
+@pytest.mark.parametrize("case", **by_id(KERNEL_CASES))
 def test_both_compilers_make_the_same_of_a_rule(case: Case, dtype: torch.dtype) -> None:
-    """To the last bit, but for beta**t, of which float32 does not see the last bits of float64."""
+    """To the last bit, but for beta**t and norms, of which float32 does not see the last bits."""
     optimizers = [case.make(parameters(dtype=dtype), path) for path in ("default", "fused")]
     for optimizer in optimizers:
         run(optimizer, 3)
@@ -377,17 +381,28 @@ def test_steps_are_vectorised_and_never_contracted(
     assert not re.search(r"(fmul|fdiv|fadd|fsub)[a-z ]* <\d+ x double>", step)
 
 
-def test_sums_of_squares_are_vectorised(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW], ids=str)
+def test_sums_of_squares_are_vectorised(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine, "built", build.assembled)
-    for dtype in (torch.float64, torch.float32, *LOW):
-        module = str(engine.norm_loop.__wrapped__(dtype))
-        assert re.search(r"fadd reassoc <\d+ x double>", module), dtype
+    adam = engine.Kind(rules.rule_of("adam"), 2, None, None, False, dtype, dtype, dtype)
+    for loop, kind in ((engine.norm_loop, dtype), (engine.squares_loop, adam)):
+        assert re.search(r"fadd reassoc <\d+ x double>", str(loop.__wrapped__(kind)))
+    arithmetic = "double" if dtype == torch.float64 else "float"
+    assert re.search(rf"fdiv <\d+ x {arithmetic}>", str(engine.squares_loop.__wrapped__(adam)))
 
 
 def test_nothing_is_compiled_when_a_number_changes() -> None:
-    optimizer = fusedreg.AdamW(parameters(), lr=0.1, l1=0.1, max_grad_norm=1.0)
+    optimizer = fusedreg.LAMB(parameters(), lr=0.1, l1=0.1, max_grad_norm=1.0)
     run(optimizer, 2)
-    loops = (engine.norm_loop, engine.rows_loop, engine.step_loop)
+    loops = (
+        engine.norm_loop,
+        engine.rows_loop,
+        engine.squares_loop,
+        engine.fold_loop,
+        engine.step_loop,
+    )
     before = [loop.cache_info().misses for loop in loops]
     optimizer.max_grad_norm = 0.3
     optimizer.param_groups[0].update(lr=0.2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3, l1=0.2)
@@ -412,6 +427,165 @@ def test_what_a_rule_cannot_say_is_refused(function: Any, words: str) -> None:
 
     with pytest.raises(TypeError, match=words):
         build.built(kernel)
+
+
+# ---- rules of one's own --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rule_of_another_module_runs_everywhere(dtype: torch.dtype) -> None:
+    """With functions called as those of the package, and with the package's own."""
+    ends = []
+    for fused in (None, True, False):
+        optimizer = own.Own(parameters(dtype=dtype), weight_decay=0.1, l1=0.1, fused=fused)
+        run(optimizer, 3)
+        ends.append(optimizer)
+    assert [optimizer.backend for optimizer in ends] == ["llvm", "triton", "reference"]
+    assert results(ends[0]) == results(ends[1])
+    # As in assert_steps_agree, for three steps.
+    assert_close(parameters_of(ends[0]), parameters_of(ends[2]), 12)
+
+
+def without_triton(source: str) -> None:
+    code = "import sys; sys.modules['triton'] = None\n" + source
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_rule_of_another_module_needs_no_triton() -> None:
+    without_triton("""
+import torch, fusedreg
+from fusedreg.kernels.language import tl, triton
+from fusedreg.kernels.rules import Rule, divide as quotient
+
+@triton.jit
+def divide(a, b):
+    return quotient(a, b) + triton.language.where(b > tl.constexpr(0.0), 1.0, b * 0.0)
+
+@triton.jit
+def scalars(options, counts):
+    return 1.0, (), counts
+
+@triton.jit
+def tile(g, states, scalars):
+    return divide(g, g), 1.0, states
+
+class Own(fusedreg.FusedOptimizer):
+    def device_rule(self, group):
+        return Rule(scalars, tile, 0)
+
+w = torch.nn.Parameter(torch.zeros(2))
+w.grad = torch.tensor([3.0, -3.0])
+optimizer = Own([w], {"lr": 1.0})
+optimizer.step()
+assert optimizer.backend == "llvm" and w.tolist() == [-2.0, -1.0]
+""")
+
+
+def test_a_rule_may_be_written_inside_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As triton compiles it; its own interpreter does not find what is around it."""
+    factor = tl.constexpr(3.0)
+
+    @language.triton.jit
+    def tripled(x):
+        return factor * x
+
+    @language.triton.jit
+    def tile(g, states, scalars):
+        return tripled(g), 3.0, states
+
+    monkeypatch.setattr(own.Own, "rule", rules.RULES["sgd"]._replace(tile=tile))
+    for name in ("tensor_states", "scalar_states", "device_options"):
+        monkeypatch.setattr(own.Own, name, ())
+    param = nn.Parameter(torch.ones(1))
+    param.grad = torch.ones(1)
+    own.Own([param], lr=0.25).step()
+    assert param.item() == 0.25
+
+
+@language.triton.jit
+def positive(x):
+    return where(x > 0.0, x, 0.0)
+
+
+def test_a_rule_may_call_what_it_imported_from_triton() -> None:
+    """Which triton's own interpreter does not take."""
+
+    def kernel(work: Any) -> None:
+        build.device(positive)(work.constant(1.0))
+
+    assert "select" in str(build.written(kernel))
+
+
+@language.triton.jit
+def two_things(g, states, scalars):
+    return g, states
+
+
+@language.triton.jit
+def branch(g, states, scalars):
+    return (g if g > 0.0 else -g), 1.0, states
+
+
+@language.triton.jit
+def unknown_word(g, states, scalars):
+    return language.tl.abs(g), 1.0, states
+
+
+def with_tile(tile: Any) -> dict[str, Any]:
+    return {"rule": own.Own.rule._replace(tile=tile)}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "width": (
+        {"rule": own.Own.rule._replace(width=3)},
+        r"own_scalars returns 4 scalars, but the width of the Rule says 3",
+        "more or fewer scalars than its width",
+    ),
+    "counts": (
+        {"scalar_states": ("step", "mass")},
+        r"own_scalars returns 1 counts, but scalar_states says 2",
+        "more or fewer counts than scalar_states",
+    ),
+    "states": (
+        with_tile(rules.rmsprop),
+        r"rmsprop returns 1 states, but states\(group\) says 2",
+        "more or fewer states than states",
+    ),
+    "two things": (with_tile(two_things), "two_things does not return three things", None),
+    "branch": (with_tile(branch), "cannot branch in Python .* use tl.where", None),
+    "word": (with_tile(unknown_word), r"no tl\.abs: fused=False steps without", None),
+}
+"""What is wrong with a class: its attributes, and what a CPU says of it, and triton."""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_rule_is_refused_before_anything_changes(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, words, _ = WRONG[what]
+    for name, value in wrong.items():
+        monkeypatch.setattr(own.Own, name, value)
+    optimizer = own.Own(parameters(shapes=[(3,)]), fused=False)
+    if what != "counts":  # the reference does not know them
+        run(optimizer, 1)  # creates state
+    optimizer.param_groups[0]["fused"] = None
+    error = AttributeError if what == "word" else ValueError
+    error = TypeError if what in ("two things", "branch") else error
+    set_grads(parameters_of(optimizer), 0)
+    before = [frozen([param, dict(optimizer.state[param])]) for param in parameters_of(optimizer)]
+    with pytest.raises(error, match=words):
+        optimizer.step()
+    after = [frozen([param, dict(optimizer.state[param])]) for param in parameters_of(optimizer)]
+    assert after == before or what == "counts"
+
+
+@pytest.mark.parametrize("what", [what for what, (*_, words) in WRONG.items() if words])
+def test_triton_says_what_is_wrong_with_a_rule(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, _, words = WRONG[what]
+    for name, value in wrong.items():
+        monkeypatch.setattr(own.Own, name, value)
+    with pytest.raises(Exception, match=words):
+        run(own.Own(parameters(shapes=[(3,)]), fused=True), 1)
 
 
 def test_rules_can_be_read_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

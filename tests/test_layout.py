@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
+import fusedreg
+
+from cases import CLASSES
+
 ROOT = Path(__file__).parent.parent
-# Each module may import those before it.
+# Each module may import those before it. The modules that have an optimizer are one layer.
 LAYERS = [
     "scalars",
     "dist",
@@ -22,9 +27,9 @@ LAYERS = [
     "tables",
     "engine",
     "groups",
+    "momentum",
     "optimizer",
-    "sgd",
-    "adam",
+    "optimizers",
     "__init__",
     "cases",
     "machine",
@@ -32,7 +37,8 @@ LAYERS = [
     "demo",
     "__main__",
 ]
-# Rules know triton and nothing else; the engine does not know the rules; launch.py joins them.
+# Rules know triton and the columns of a row; the engine does not know the rules; launch.py joins
+# them.
 KERNEL_LAYERS = {
     "": ["language", "table", "columns", "memory", "rules", "penalty", "norms", "rows", "engine"],
     "host": ["values", "language", "build", "engine"],
@@ -52,6 +58,15 @@ def imported(file: Path) -> set[str]:
     return names
 
 
+def module_of(cls: type) -> str:
+    """Where the package defines a class, "" outside it."""
+    package, _, module = cls.__module__.rpartition(".")
+    return module if package == "fusedreg" else ""
+
+
+OPTIMIZERS = {module_of(cls) for cls in CLASSES}
+
+
 def layer_of(name: str) -> str | None:
     """The layer that an imported name belongs to, None outside the package."""
     if name == "fusedreg":
@@ -59,6 +74,8 @@ def layer_of(name: str) -> str | None:
     if not name.startswith("fusedreg."):
         return None
     first = name.split(".")[1]
+    if first in OPTIMIZERS:
+        return "optimizers"
     return first if first in LAYERS else "__init__"
 
 
@@ -67,22 +84,19 @@ FILES = sorted((ROOT / "fusedreg").rglob("*.py"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_run_downwards(file: Path) -> None:
-    layer = file.relative_to(ROOT / "fusedreg").parts[0].removesuffix(".py")
+    module = file.relative_to(ROOT / "fusedreg").parts[0].removesuffix(".py")
+    layer = "optimizers" if module in OPTIMIZERS else module
     for name in imported(file):
         other = layer_of(name)
         if other is not None and other != layer:
             assert LAYERS.index(other) < LAYERS.index(layer), f"{layer} imports {name}"
 
 
-STANDARD = {"__future__", "array", "collections", "concurrent", "contextlib", "ctypes", "functools"}
-STANDARD |= {"os", "types", "typing"}
-
-
 @pytest.mark.parametrize(("folder", "compiler"), [("", "triton"), ("host", "llvmlite")])
 def test_kernels_import_torch_and_their_compiler_only(folder: str, compiler: str) -> None:
     for file in (ROOT / "kernels" / folder).glob("*.py"):
         for name in imported(file):
-            known = name.split(".")[0] in STANDARD | {"torch", compiler}
+            known = name.split(".")[0] in sys.stdlib_module_names | {"torch", compiler}
             assert known or name.startswith("fusedreg.kernels."), f"{file}: {name}"
 
 
@@ -109,9 +123,17 @@ def test_only_the_backend_knows_the_kernels() -> None:
             assert not found, f"{file.name} imports {found}"
 
 
-def test_optimizers_do_not_know_each_other() -> None:
-    classes = {"sgd", "adam"}
-    for module in classes:
-        others = classes - {module}
-        found = {layer_of(name) for name in imported(ROOT / "fusedreg" / f"{module}.py")}
-        assert not found & others
+@pytest.mark.parametrize("module", sorted(OPTIMIZERS))
+def test_an_optimizer_imports_another_only_to_inherit_from_it(module: str) -> None:
+    classes = [cls for cls in CLASSES if module_of(cls) == module]
+    inherited = {module_of(base) for cls in classes for base in cls.__mro__}
+    names = imported(ROOT / "fusedreg" / f"{module}.py")
+    known = {name.split(".")[1] for name in names if name.startswith("fusedreg.")}
+    assert known & OPTIMIZERS <= inherited
+
+
+def test_every_public_optimizer_is_in_the_table_of_cases() -> None:
+    base = fusedreg.FusedOptimizer
+    public = {getattr(fusedreg, name) for name in fusedreg.__all__}
+    found = {each for each in public if isinstance(each, type) and issubclass(each, base)}
+    assert found - {base} == set(CLASSES)

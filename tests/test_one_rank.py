@@ -27,6 +27,7 @@ from cases import PATHS, Case, parameters, tensors
 from spread import (
     ADAM,
     ADAMW,
+    LAMB,
     MAX_NORM,
     SGD,
     SHAPES,
@@ -36,6 +37,7 @@ from spread import (
     apply_in_backward,
     assert_close,
     follow,
+    name,
     needs_interpreter,
     paths,
     whole,
@@ -53,15 +55,16 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @paths
+@pytest.mark.parametrize("case", [ADAMW, LAMB], ids=name)
 @pytest.mark.usefixtures("world_of_one")
-def test_one_rank_trains_as_without_ranks(path: str) -> None:
+def test_one_rank_trains_as_without_ranks(case: Case, path: str) -> None:
     """As where a script for many ranks runs on one; gradients are placed otherwise than weights."""
     devices = init_device_mesh("cpu", (1, 1))
     params: list[Any] = parameters(shapes=SHAPES)
     params[::2] = [nn.Parameter(distribute_tensor(p, devices, [Shard(0)] * 2)) for p in params[::2]]
     options = {"max_grad_norm": MAX_NORM, "process_group": dist.group.WORLD}
-    optimizer = ADAMW.make(params, path, **options)
-    alone = ADAMW.make(parameters(shapes=SHAPES), max_grad_norm=MAX_NORM)
+    optimizer = case.make(params, path, **options)
+    alone = case.make(parameters(shapes=SHAPES), max_grad_norm=MAX_NORM)
 
     def gradients(seed: int) -> None:
         for param, grad in zip(params, tensors(seed, shapes=SHAPES), strict=True):

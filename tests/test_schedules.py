@@ -6,6 +6,7 @@ Every scheduler by itself, from a float and a tensor lr, is in test_options.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,9 @@ from test_options import lr_schedulers
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-import fusedreg
-
-from cases import SOME, Case, by_id, parameters, run, tensors
+from cases import SOME, TORCH_CLASSES, Case, by_id, parameters, run, tensors
 from compare import assert_close, frozen, parameters_of, snapshot
 
-CLASSES = [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW]
 SHAPES = [(5, 3), ()]
 
 Schedule = Callable[[Any], Any]
@@ -81,7 +79,7 @@ CYCLES: dict[str, Schedule] = {
 
 
 @pytest.mark.parametrize("name", CYCLES)
-@pytest.mark.parametrize("cls", [fusedreg.Adam, fusedreg.AdamW])
+@pytest.mark.parametrize("cls", [c for c in TORCH_CLASSES if "betas" in signature(c).parameters])
 def test_tensor_betas_cycle_as_in_torch(cls: type, name: str) -> None:
     runs = []
     for make in (cls, getattr(torch.optim, cls.__name__)):
@@ -98,7 +96,7 @@ def test_tensor_betas_cycle_as_in_torch(cls: type, name: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("strategy", ["cos", "linear"])
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", TORCH_CLASSES)
 def test_swalr_after_another_schedule_moves_as_in_torch(
     cls: type, strategy: str, kind: Callable[[float], Any]
 ) -> None:
@@ -126,7 +124,7 @@ AVERAGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", TORCH_CLASSES)
 def test_averages_of_a_model_are_those_of_torch(cls: type, average: str) -> None:
     """Taken by hooks of the step, which see the parameters as the step leaves them."""
     averages = []

@@ -18,7 +18,20 @@ from torch.distributed.checkpoint.state_dict import (
 
 import fusedreg
 
-from cases import CASES, DTYPES, PATHS, TORCH_CASES, Case, by_id, parameters, run, set_grads
+from cases import (
+    CASES,
+    CLASSES,
+    DTYPES,
+    PATHS,
+    PLAIN,
+    SOME,
+    TORCH_CASES,
+    Case,
+    by_id,
+    parameters,
+    run,
+    set_grads,
+)
 from compare import assert_close, frozen, parameters_of, refused, snapshot
 
 SHAPES = [(0,), (5, 3), ()]
@@ -61,7 +74,7 @@ def test_loaded_run_equals_uninterrupted_run(case: Case, path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cls", [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW])
+@pytest.mark.parametrize("cls", CLASSES)
 def test_own_settings_win_over_the_constructor_but_flags_do_not(
     cls: type, dtype: torch.dtype
 ) -> None:
@@ -99,11 +112,11 @@ def test_state_dict_holds_what_checkpoint_tools_can_take(case: Case) -> None:
 def test_own_state_exists_only_where_it_is_used(case: Case, path: str) -> None:
     optimizer = case.make(parameters(shapes=SHAPES), path)
     run(optimizer, 2)
-    kwargs = case.kwargs
+    options = case.options
     names = {name for state in optimizer.state.values() for name in state}
-    thresholded = kwargs.get("l1", 0) > 0 and kwargs.get("l1_mode", "prox") == "prox"
+    thresholded = options["l1"] > 0 and options["l1_mode"] == "prox"
     # With dampening only the mass tells the first gradient, which is undamped, from the later ones.
-    needs_mass = kwargs.get("momentum", 0) > 0 and (thresholded or kwargs.get("dampening", 0) > 0)
+    needs_mass = options.get("momentum", 0) > 0 and (thresholded or options.get("dampening", 0) > 0)
     assert ("momentum_mass" in names) == needs_mass
     if case.torch_kwargs is not None:
         twin = case.torch_cls(copies(optimizer), **case.torch_kwargs, foreach=False)
@@ -157,20 +170,19 @@ def test_adamw_stays_adamw_and_adam_stays_adam() -> None:
     assert adamw.param_groups[0]["decoupled_weight_decay"] is True
 
 
-@pytest.mark.parametrize("cls", [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW])
-def test_older_files_load(cls: type, path: str) -> None:
+@pytest.mark.parametrize("case", **by_id(SOME))
+def test_older_files_load(case: Case, path: str) -> None:
     """Before torch 1.12 a step count was a number; group options were added one by one."""
-    kwargs = {"momentum": 0.9} if cls is fusedreg.SGD else {}
-    optimizer = cls(parameters(shapes=SHAPES), lr=0.1, **kwargs, **PATHS[path])
+    optimizer = case.make(parameters(shapes=SHAPES), path)
     run(optimizer, 2)
     saved = copy.deepcopy(optimizer.state_dict())
     for state in saved["state"].values():
         if "step" in state:
             state["step"] = int(state["step"])
     for group in saved["param_groups"]:
-        for name in group.keys() - {"lr", "momentum", "betas", "eps", "params"}:
+        for name in group.keys() - case.kwargs.keys() - {"params"}:
             del group[name]
-    resumed = cls(copies(optimizer), lr=0.5, **kwargs, **PATHS[path])
+    resumed = case.cls(copies(optimizer), lr=0.5, **PATHS[path])
     resumed.load_state_dict(saved)
     assert_continues(optimizer, resumed)
 
@@ -191,7 +203,8 @@ def test_an_absent_state_that_an_older_file_calls_none_is_absent(
 
 def test_scalar_states_that_another_class_narrowed_are_widened() -> None:
     params = parameters(dtype=torch.bfloat16, shapes=SHAPES)
-    for optimizer in (fusedreg.SGD(params, momentum=0.9, l1=0.1), fusedreg.Adam(params)):
+    for case in SOME:
+        optimizer = case.make(params)
         run(optimizer, 1)
         saved = copy.deepcopy(optimizer.state_dict())
         for state in saved["state"].values():
@@ -413,7 +426,8 @@ def test_a_pickle_that_lacks_group_options_is_filled_up() -> None:
     run(optimizer, 1)
     twin = copy.deepcopy(optimizer)
     state = twin.__getstate__()
-    state["param_groups"] = [{"params": twin.param_groups[0]["params"]}]
+    # Of which torch's first release had the lr.
+    state["param_groups"] = [{name: twin.param_groups[0][name] for name in ("params", "lr")}]
     twin.__setstate__(state)
     assert twin.param_groups[0].keys() == optimizer.param_groups[0].keys()
     assert_continues(optimizer, twin)
@@ -421,39 +435,27 @@ def test_a_pickle_that_lacks_group_options_is_filled_up() -> None:
 
 # ---- options turned on later -------------------------------------------------------------------
 
+LATER = [case for case in CASES if case.rule != PLAIN[case.cls].rule]
 
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (fusedreg.SGD, {"momentum": 0.9}),
-        (fusedreg.SGD, {"momentum": 0.9, "dampening": 0.5}),
-        (fusedreg.SGD, {"momentum": 0.9, "nesterov": True}),
-        (fusedreg.SGD, {"momentum": 0.9, "l1": 0.1}),
-        (fusedreg.SGD, {"l1": 0.1, "l1_mode": "subgradient"}),
-        (fusedreg.Adam, {"amsgrad": True}),
-        (fusedreg.Adam, {"l1": 0.1, "amsgrad": True}),
-        (fusedreg.AdamW, {"weight_decay": 0.5, "maximize": True}),
-    ],
-    ids=str,
-)
-def test_options_may_be_turned_on_later(cls: type, options: dict[str, Any], path: str) -> None:
-    """SGD's momentum starts as at its own first step, and AMSGrad's maximum at 0."""
-    optimizer = cls(parameters(shapes=SHAPES), lr=0.1, **PATHS[path])
+
+@pytest.mark.parametrize("case", **by_id(LATER))
+def test_options_may_be_turned_on_later(case: Case, path: str) -> None:
+    """What they need begins at 0, and SGD's momentum as at its own first step."""
+    optimizer = PLAIN[case.cls].make(parameters(shapes=SHAPES), path)
     run(optimizer, 2)
-    optimizer.param_groups[0].update(options)
-    fresh = cls(copies(optimizer), lr=0.1, **options, **PATHS[path])
-    if cls is not fusedreg.SGD:
-        saved = copy.deepcopy(optimizer.state_dict())
-        saved["param_groups"][0].update(options)
-        if options.get("amsgrad"):
-            for state in saved["state"].values():
-                state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-        fresh.load_state_dict(saved)
+    optimizer.param_groups[0].update(case.kwargs)
+    fresh = case.make(copies(optimizer), path)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key, state in saved["state"].items():  # SGD has none yet
+        for name in fresh.states(fresh.param_groups[0]):
+            state.setdefault(name, torch.zeros_like(parameters_of(optimizer)[key]))
+    fresh.load_state_dict(saved)
     assert_continues(optimizer, fresh)
 
 
-def test_l1_turned_on_later_takes_the_momentum_as_warmed_up(path: str) -> None:
-    optimizer = fusedreg.SGD(parameters(shapes=SHAPES), lr=0.01, momentum=0.9, **PATHS[path])
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if "momentum_mass" in cls.scalar_states])
+def test_l1_turned_on_later_takes_the_momentum_as_warmed_up(cls: type, path: str) -> None:
+    optimizer = cls(parameters(shapes=SHAPES), lr=0.01, momentum=0.9, **PATHS[path])
     run(optimizer, 2)
     optimizer.param_groups[0]["l1"] = 0.1
     run(optimizer, 1)

@@ -22,14 +22,16 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import fusedreg
 
-from cases import SOME, Case, by_id, parameters, set_grads, tensors
+from cases import Case, parameters, set_grads, tensors
 from compare import parameters_of, refused
 from ranks import WORLD, on_every_rank, while_a_rank_dies
 from spread import (
     ADAM,
     ADAMW,
+    LAMB,
     MAX_NORM,
     NEED_GROUP,
+    OTHERS,
     SGD,
     SHAPES,
     STEPS,
@@ -55,18 +57,45 @@ from spread import (
 # ---- wrappers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
-@wrappers
+@pytest.mark.parametrize(
+    ("wrapper", "case"),
+    [
+        *((wrapper, case) for wrapper in WRAPPERS for case in (SGD, ADAM, ADAMW)),
+        *((wrapper, LAMB) for wrapper in WRAPPERS if not wrapper.startswith("fsdp1")),
+    ],
+    ids=name,
+)
 @on_every_rank
 def test_wrapped_model_trains_as_one_process(wrapper: str, case: Case) -> None:
     """With decay, proximal L1, clipping and momentum."""
     train_both(wrapper, case, "reference")
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "case"),
+    [("zero", LAMB), ("hsdp", LAMB), *(("fsdp2", case) for case in [LAMB, *OTHERS])],
+    ids=name,
+)
+@on_every_rank
+def test_kernels_of_the_host_train_a_wrapped_model_as_one_process(wrapper: str, case: Case) -> None:
+    train_both(wrapper, case, "default")
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp1", "fsdp1_views"])
+@on_every_rank
+def test_norms_of_flattened_tensors_are_refused(wrapper: str) -> None:
+    model, optimizer = wrapped(wrapper, LAMB, "default")
+    for _ in range(2):
+        backward(model, seed=0)
+        with refused(optimizer, RuntimeError, "LAMB needs the norm of each tensor", "fully_shard"):
+            optimizer.step()
+    assert not optimizer.state
+
+
 # An interpreted step is slow, so each class meets one way of splitting parameters.
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("wrapper", "case"), [("zero", SGD), ("fsdp2", ADAMW), ("fsdp1", ADAM)], ids=name
+    ("wrapper", "case"), [("zero", SGD), ("fsdp2", LAMB), ("fsdp1", ADAM)], ids=name
 )
 @on_every_rank
 def test_kernels_train_a_wrapped_model_as_one_process(wrapper: str, case: Case) -> None:
@@ -85,7 +114,8 @@ def test_wrapped_model_trains_alike_where_numbers_are_on_the_device(wrapper: str
 
 def train_both(wrapper: str, case: Case, path: str, **more: Any) -> None:
     model, optimizer = wrapped(wrapper, case, path, max_grad_norm=MAX_NORM, **more)
-    assert inner(optimizer).backend == ("triton" if path == "fused" else "reference")
+    backends = {"default": "llvm", "fused": "triton", "reference": "reference"}
+    assert inner(optimizer).backend == backends[path]
     alone = case.make(parameters(shapes=SHAPES), max_grad_norm=MAX_NORM)
     follow(optimizer, alone, lambda seed: backward(model, seed), lambda: wholes(model))
 

@@ -103,13 +103,14 @@ def steps(
     """
     if not places:
         return []
+    whole = set(cases) == set(CASES)
 
     def measured(case: Case, at: Sequence[Place], shapes: accuracy.Shapes) -> list[Row]:
         return [
             accuracy.measure(problem, place)
             for problem in accuracy.problems([case], dtypes, shapes)
             for place in at
-            if place.takes(problem)
+            if place.takes(problem) and not (whole and accuracy.is_spared(problem, place))
         ]
 
     shown = track(cases, "cases", console=console, transient=True)

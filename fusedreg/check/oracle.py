@@ -85,7 +85,7 @@ def one_step(slot: Slot, g: Tensor, case: Case, **changed: Any) -> None:
         decay = 0.0
     move, per_unit = FORMULAS[case.cls](slot.history, g, options)
     update = move + decay * w
-    if case.cls.__name__ == "LAMB":
+    if case.cls.layerwise:
         lengths = float(torch.linalg.norm(w)), float(torch.linalg.norm(update))
         lr = lr * (lengths[0] / lengths[1] if all(lengths) else 1.0)
     w = w - lr * update

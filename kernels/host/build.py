@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import dis
 from collections.abc import Callable
 from functools import cache
-from types import FunctionType
+from types import CellType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -15,29 +16,54 @@ from fusedreg.kernels.host import language
 from fusedreg.kernels.host.values import INT64, Value
 from fusedreg.kernels.language import tl
 
+RULES = "fusedreg.kernels.rules"
+
 
 @cache
 def device(function: Any) -> Callable[..., Any]:
-    """A function of rules.py or penalty.py, to be called with values.
+    """A function of rules.py, of penalty.py or of a user's module, to be called with values.
 
-    It is the same code; `tl` stands for language.py in it, and so does every function that this has
-    by the same name, like `divide`, which is about registers of a GPU in rules.py.
+    It is the same code with other globals: `tl` stands for language.py, a device function for what
+    this makes of it, and one of rules.py that language.py has too, like `divide`, which is about
+    registers of a GPU, for that. A function of that name in another module is another function.
     """
     source = function.fn
-    names = {
-        name: _on_host(name, source.__globals__[name])
-        for name in source.__code__.co_names
-        if name in source.__globals__
+    loaded = {
+        instruction.argval
+        for instruction in dis.get_instructions(source.__code__)
+        if instruction.opname == "LOAD_GLOBAL"
     }
-    return FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+    names = {
+        name: _on_host(source.__globals__[name]) for name in loaded & source.__globals__.keys()
+    }
+    closure = tuple(CellType(_on_host(cell.cell_contents)) for cell in source.__closure__ or ())
+    return FunctionType(source.__code__, names, source.__name__, source.__defaults__, closure)
 
 
-def _on_host(name: str, value: Any) -> Any:
+class _Module:
+    """A module as device code of the host sees it."""
+
+    def __init__(self, module: ModuleType | SimpleNamespace) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return _on_host(getattr(self.module, name))
+
+
+def _on_host(value: Any) -> Any:
+    """What stands for a global of device code."""
     if value is tl:
         return language
-    if hasattr(value, "fn"):
-        return getattr(language, name, None) or device(value)
-    return value
+    if isinstance(value, (ModuleType, SimpleNamespace)):  # the latter where triton is missing
+        return _Module(value)
+    if isinstance(value, tl.constexpr):
+        return value.value
+    if (getattr(value, "__module__", None) or "").startswith("triton.language"):
+        return getattr(language, getattr(value, "__name__", str(value)))
+    if not hasattr(value, "fn"):
+        return value
+    name = value.fn.__name__ if value.fn.__module__ == RULES else ""
+    return getattr(language, name, None) or device(value)
 
 
 def _machine() -> llvm.TargetMachine:
@@ -52,8 +78,8 @@ def _machine() -> llvm.TargetMachine:
     )
 
 
-def assembled(function: Callable[[Value], None]) -> llvm.ModuleRef:
-    """LLVM's optimised module of a function of one address, which writes its instructions."""
+def written(function: Callable[[Value], None]) -> ir.Module:
+    """The module of a function of one address, which writes its instructions."""
     module = ir.Module(name=function.__name__)
     module.triple = llvm.get_process_triple()
     signature = ir.FunctionType(ir.VoidType(), [INT64])
@@ -61,9 +87,13 @@ def assembled(function: Callable[[Value], None]) -> llvm.ModuleRef:
     builder = ir.IRBuilder(compiled.append_basic_block("entry"))
     function(Value(builder, compiled.args[0]))
     builder.ret_void()
+    return module
 
+
+def assembled(function: Callable[[Value], None]) -> llvm.ModuleRef:
+    """The same, optimised by LLVM."""
     machine = _machine()
-    parsed = llvm.parse_assembly(str(module))
+    parsed = llvm.parse_assembly(str(written(function)))
     parsed.verify()
     tuning = llvm.PipelineTuningOptions(speed_level=3)
     passes = llvm.create_pass_builder(machine, tuning)

@@ -39,7 +39,7 @@ from fusedreg.kernels.columns import (
     SKIP_NONFINITE,
     SUBGRADIENT,
 )
-from fusedreg.kernels.host.build import built, device
+from fusedreg.kernels.host.build import built, device, written
 from fusedreg.kernels.host.language import absolute, square_root, where
 from fusedreg.kernels.host.values import (
     DOUBLE,
@@ -132,6 +132,35 @@ def norm_loop(grad: torch.dtype) -> Any:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
+def _check(rule: Any, states: int, counts: int, options: int) -> None:
+    """Raise where a rule does not return what its optimizer says, or cannot be compiled."""
+
+    def run(work: Value) -> None:
+        number = work.constant(1.0)
+        _, scalars, new = _returned(rule.scalars, (number,) * options, (number,) * counts)
+        _check_length(rule.scalars, "scalars", scalars, rule.width, "the width of the Rule")
+        _check_length(rule.scalars, "counts", new, counts, "scalar_states")
+        _, _, new = _returned(rule.tile, number, (number,) * states, scalars)
+        _check_length(rule.tile, "states", new, states, "states(group)")
+
+    written(run)
+
+
+def _returned(function: Any, *args: Any) -> tuple[Any, Any, Any]:
+    returned = device(function)(*args)
+    if not (isinstance(returned, tuple) and len(returned) == 3):
+        raise TypeError(f"{function.fn.__name__} does not return three things: see rules.py")
+    return returned
+
+
+def _check_length(function: Any, what: str, found: Any, expected: int, by: str) -> None:
+    if not isinstance(found, tuple) or len(found) != expected:
+        number = len(found) if isinstance(found, tuple) else "no tuple of"
+        raise ValueError(
+            f"{function.fn.__name__} returns {number} {what}, but {by} says {expected}"
+        )
+
+
 def _count(address: Value, dtype: torch.dtype) -> Value:
     """A count, and 1 where a parameter has none."""
     count = Variable(address.constant(1.0))
@@ -146,8 +175,10 @@ def rows_loop(
 ) -> Any:
     """Writes the row of every tensor and advances its counts; see launch.py for the arguments.
 
-    The address of what is not given is 0.
+    The address of what is not given is 0. The first loop of a step that changes anything, so the
+    rule is checked here.
     """
+    _check(rule, states, len(counts), options)
 
     def rows(work: Value) -> None:
         (
@@ -178,8 +209,6 @@ def rows_loop(
             old = tuple(map(_count, places, counts))
             own = tuple(sent[line + OPTIONS.value + i] for i in range(options))
             gain, scalars, new = device(rule.scalars)(own, old)
-            if len(scalars) != rule.width:
-                raise ValueError(f"Invalid width value: {rule.width} (the rule has {len(scalars)})")
 
             lr = sent[line + LR.value]
             threshold = lr * sent[line + PROX.value] * gain + lr * sent[line + SHRINK.value]
@@ -196,10 +225,10 @@ def rows_loop(
             for column, number in row.items():
                 out[start + column.value] = number
             for i, number in enumerate(scalars):
-                out[start + ROW_RULE.value + i] = number
+                out[start + ROW_RULE.value + i] = lr.like(number)
             for place, dtype, number in zip(places, counts, new, strict=True):
                 with when(active & (place != 0)):
-                    Pointer(place, dtype)[0] = number
+                    Pointer(place, dtype)[0] = lr.like(number)
 
     return built(rows)
 

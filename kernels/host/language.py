@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from fusedreg.kernels.host.values import Operand, Value
 
 PropagateNan = SimpleNamespace(ALL=None)  # a maximum with a NaN is always one here
+
+
+def constexpr(value: float) -> float:
+    """A number that compiled code knows."""
+    return value
 
 
 def where(condition: Value, chosen: Operand, otherwise: Operand) -> Value:
@@ -48,6 +54,10 @@ def power(base: Value, exponent: Value) -> Value:
 def absolute(x: Value) -> Value:
     """|x|."""
     return _intrinsic("fabs", x)
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"device code of a CPU has no tl.{name}: fused=False steps without it")
 
 
 def _intrinsic(name: str, *values: Value) -> Value:

@@ -171,7 +171,7 @@ RULES: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
     "rmsprop_centered": (
         fusedreg.RMSprop, {"lr": 0.1, "alpha": 0.9, "eps": 0.5, "centered": True}
     ),
-    "rmsprop_centered_momentum": (
+    "rmsprop_both": (
         fusedreg.RMSprop,
         {"lr": 0.1, "alpha": 0.9, "eps": 0.5, "centered": True, "momentum": 0.9},
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -113,12 +113,35 @@ def total_norm(norms: Mapping[Spread | None, Tensor], group: Any) -> Tensor:
     return _root(squares)
 
 
-def sum_over_parts(spread: Spread | None, values: Tensor) -> Tensor:
-    """The sum over the ranks of which each has another part of a tensor; all of them must call."""
-    if spread is not None:
+def has_parts(spread: Spread | None) -> bool:
+    """Whether ranks have different parts of a DTensor that is spread so."""
+    return spread is not None and bool(spread.dims)
+
+
+def sum_over_parts(params: Iterable[Tensor], here: Mapping[Tensor, Tensor]) -> None:
+    """Sum vectors that belong to DTensors over the ranks that have parts of them, in place.
+
+    It makes one all-reduce for each way to be spread and dimension of a mesh, over all `params` in
+    their order, also where this rank has nothing of them: so all ranks call alike.
+
+    Args:
+        params: all of the optimizer, the same on all ranks.
+        here: two numbers for each of those that are stepped here.
+    """
+    spreads: dict[Spread, list[Tensor]] = {}
+    for param in params:
+        spread = spread_of(param)
+        if spread is not None and spread.dims:
+            spreads.setdefault(spread, []).append(param)
+    for spread, alike in spreads.items():
+        device = alike[0].device
+        nothing = torch.zeros(2, dtype=torch.float64, device=device)
+        summed = torch.stack([here.get(param, nothing).to(nothing) for param in alike])
         for dim in spread.dims:
-            values = _sum_over(spread.mesh.get_group(dim), values)
-    return values
+            summed = _sum_over(spread.mesh.get_group(dim), summed)
+        for param, total in zip(alike, summed, strict=True):
+            if param in here:
+                here[param].copy_(total)
 
 
 SCALE = {torch.float64: 2.0**530, torch.float32: 2.0**70}

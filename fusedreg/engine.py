@@ -8,7 +8,7 @@ docs/engine.md.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedreg.dist import Spread, sum_over_parts
+from fusedreg.dist import Spread
 from fusedreg.inventory import Inventory, States, is_remote
 from fusedreg.scalars import Flag, Number
 from fusedreg.tables import Bucket, Kind, Memory, layout
@@ -25,6 +25,9 @@ NOT_BEFORE_CAPTURE = (
     "Cannot capture a step that has to create state, send tables from the host or load kernels: "
     "take one step with the same parameters, states and options before the capture"
 )
+
+Exchange = Callable[[Mapping[Tensor, Tensor]], None]
+"""Takes what is here of each parameter and makes of it what is on all ranks."""
 
 
 class Plan:
@@ -77,6 +80,7 @@ class Plan:
         skip_nonfinite: bool = False,
         grad_norm: Tensor | None = None,
         skipped: Tensor | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         """Step every parameter that has a gradient.
 
@@ -89,6 +93,7 @@ class Plan:
             grad_norm: 0-dim float32, takes the norm; None computes no norm. Like `skipped` it needs
                 a plan that has a `device`.
             skipped: 0-dim int64, is increased by one where nothing changed.
+            exchange: sums squares over ranks in place, for a layerwise rule where there are parts.
         """
         clips = max_norm is not None and max_norm != float("inf")
         scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
@@ -133,7 +138,8 @@ class Plan:
                     )
                     self._squares(bucket, addresses, scaled)
                 sent[device] = grads
-        self._sum_squares_over_ranks()
+        if exchange is not None:
+            exchange(self._squares_of_params())
         for device, memory in self.memory.items():
             with _current(device):
                 for bucket, addresses in zip(memory.buckets, sent[device], strict=True):
@@ -240,20 +246,15 @@ class Plan:
             **_compiled_for(bucket.kind, scaled),
         )
 
-    def _sum_squares_over_ranks(self) -> None:
-        """One all-reduce for each way to be spread, in the order of parameters: as on all ranks."""
-        buckets = [bucket for memory in self.memory.values() for bucket in memory.buckets]
-        for spread in self.inventory.spreads if self.inventory.sharded else ():
-            found = {
-                position: squares
-                for bucket in buckets
-                if bucket.squares is not None and bucket.kind.spread == spread
-                for position, squares in zip(bucket.positions, bucket.squares, strict=True)
-            }
-            if spread is not None and spread.dims and found:
-                here = [found[position] for position in sorted(found)]
-                summed = sum_over_parts(spread, torch.stack([x.to(here[0]) for x in here]))
-                torch._foreach_copy_(here, list(summed))
+    def _squares_of_params(self) -> dict[Tensor, Tensor]:
+        """Where the squares of each parameter of a layerwise rule are."""
+        return {
+            self.inventory.stepped[position]: squares
+            for memory in self.memory.values()
+            for bucket in memory.buckets
+            if bucket.squares is not None
+            for position, squares in zip(bucket.positions, bucket.squares, strict=True)
+        }
 
     def _step(self, bucket: Bucket, grads: Tensor, scaled: bool) -> None:
         if not bucket.table.chunks:

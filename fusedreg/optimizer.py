@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -340,18 +340,23 @@ class FusedOptimizer(Optimizer):
         if fresh and dist.checkpoint_creates_state():  # which must not count as a step
             return loss
         needs_norm = self._needs_norm()
-        if plan is None and not rest and not needs_norm:
+        has_parts = self.layerwise and any(map(dist.has_parts, self._spreads()))
+        if plan is None and not rest and not (needs_norm or has_parts):
             return loss
         device = None if plan is None or rest else plan.device
-        over_ranks = needs_norm and self._own.process_group is not None
+        over_ranks = has_parts or (needs_norm and self._own.process_group is not None)
         if plan is not None and device is not None and not over_ranks:
             self._run_plan(plan, device)
         else:
             scale, skip = self._scale_and_skip(plan, rest)
+            squares = self._squares_of_parts(rest, scale) if has_parts else {}
+            exchange = partial(self._exchange, squares) if has_parts else None
             if plan is not None:
-                plan.run(scale=scale, skip=skip)
+                plan.run(scale=scale, skip=skip, exchange=exchange)
+            elif exchange is not None:
+                exchange({})
             for group, params in rest:
-                self._update(group, params, scale, skip)
+                self._update(group, params, scale, skip, squares)
         if plan is not None:
             self._own.launches = plan.launches
         return loss
@@ -565,29 +570,52 @@ class FusedOptimizer(Optimizer):
             self._own.skipped_steps = self.skipped_steps.to(device).add_(skip)
         return scale, skip
 
+    def _squares_of_parts(self, rest: Work, scale: Number) -> dict[Tensor, Tensor]:
+        """The sums of squares of what is here of DTensors that the reference steps."""
+        found = {}
+        for group, params in rest:
+            settings = self._settings(group, params)
+            for param in filter(lambda param: dist.has_parts(dist.spread_of(param)), params):
+                device = param.device
+                part = self._reference_arguments(param, settings[device], number(scale, device))
+                found[param] = reference.squares_of(reference.move(self, *part))
+        return found
+
+    def _exchange(self, parts: dict[Tensor, Tensor], here: Mapping[Tensor, Tensor]) -> None:
+        """Sum squares of parts over ranks: those on the reference path, and `here` of a plan."""
+        dist.sum_over_parts(self._params(), {**here, **parts})
+
     def _update(
-        self, group: dict[str, Any], params: list[Tensor], scale: Number, skip: Flag
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        scale: Number,
+        skip: Flag,
+        squares: Mapping[Tensor, Tensor],
     ) -> None:
         """Step the parameters of one group on the reference path."""
         settings = self._settings(group, params)
         for param in params:
-            assert param.grad is not None
             device = param.device
             part = local(param)
             before = part._version
-            # Elementwise but for sums, so the parts which are here are stepped like any tensor.
             reference.update(
                 self,
-                settings[device],
-                part,
-                local(dist.sharded_as(param, param.grad)),
-                {name: local(value) for name, value in self.state.get(param, {}).items()},
-                number(scale, device),
+                *self._reference_arguments(param, settings[device], number(scale, device)),
                 number(skip, device),
-                partial(dist.sum_over_parts, dist.spread_of(param)),
+                squares.get(param),
             )
             if part is not param and part._version != before:  # of which a DTensor does not know
                 torch.autograd.graph.increment_version(param)
+
+    def _reference_arguments(
+        self, param: Tensor, settings: Settings, scale: Number
+    ) -> tuple[Settings, Tensor, Tensor, dict[str, Tensor], Number]:
+        """What `reference.move` takes; of a DTensor the part that is here is stepped like any."""
+        assert param.grad is not None
+        grad = local(dist.sharded_as(param, param.grad))
+        state = {name: local(value) for name, value in self.state.get(param, {}).items()}
+        return settings, local(param), grad, state, scale
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 

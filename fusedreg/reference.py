@@ -10,8 +10,8 @@ memory formats do not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,45 @@ def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
     return (grad.to(wide_dtype(grad.device)) * scale).to(dtype)
 
 
+class Move(NamedTuple):
+    """What a parameter moves along, before lr comes in."""
+
+    w: Tensor
+    direction: Tensor
+    decay: Number
+    """Decoupled, without lr."""
+    state: State
+
+
+def move(
+    rule: Rule,
+    settings: Settings,
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    scale: Number,
+) -> Move:
+    """The direction of a step and the new state; arguments as for `update`. Changes nothing."""
+    l1, weight_decay = settings["l1"], settings["weight_decay"]
+    decoupled = settings["decoupled_weight_decay"]
+    dtype = compute_dtype(param)
+    w = as_real(param).to(dtype)
+    g = loss_gradient(param, grad, scale)
+
+    if settings["maximize"]:
+        g = -g
+    if settings["l1_mode"] == "subgradient" and not is_zero(l1):
+        g = g + subgradient(w, l1=l1)
+    if not (decoupled or is_zero(weight_decay)):
+        g = g + weight_decay * w
+
+    old = _read(rule, state, param.device, dtype)
+    direction, new = rule.direction(settings, old, g)
+    if settings["lr_independent_decay"]:
+        weight_decay = weight_decay / settings["decay_lr"]
+    return Move(w, direction, weight_decay if decoupled else 0.0, new)
+
+
 def update(
     rule: Rule,
     settings: Settings,
@@ -69,7 +108,7 @@ def update(
     state: dict[str, Any],
     scale: Number,
     skip: Flag,
-    total: Callable[[Tensor], Tensor],
+    squares: Tensor | None,
 ) -> None:
     """Step one parameter that has a gradient, in place.
 
@@ -81,42 +120,35 @@ def update(
         state: its state, complete.
         scale: what multiplies the gradient of the loss.
         skip: True where this step must change nothing.
-        total: sums over the ranks of which each has a part of the parameter.
+        squares: what `squares_of` gives, summed over the ranks that have parts of the parameter;
+            None where all of it is here.
     """
-    lr, l1, weight_decay = settings["lr"], settings["l1"], settings["weight_decay"]
-    l1_mode, decoupled = settings["l1_mode"], settings["decoupled_weight_decay"]
-    dtype = compute_dtype(param)
-    w = as_real(param).to(dtype)
-    g = loss_gradient(param, grad, scale)
-
-    if settings["maximize"]:
-        g = -g
-    if l1_mode == "subgradient" and not is_zero(l1):
-        g = g + subgradient(w, l1=l1)
-    if not (decoupled or is_zero(weight_decay)):
-        g = g + weight_decay * w
-
-    old = _read(rule, state, param.device, dtype)
-    direction, new = rule.direction(settings, old, g)
-    if settings["lr_independent_decay"]:
-        weight_decay = weight_decay / settings["decay_lr"]
+    lr, l1, l1_mode = settings["lr"], settings["l1"], settings["l1_mode"]
+    moved = move(rule, settings, param, grad, state, scale)
     rate = lr
     if rule.layerwise:
-        update = direction + weight_decay * w if decoupled else direction
-        rate = lr * trust_ratio(*total(torch.stack([_squares(w), _squares(update)])))
-    if decoupled and not is_zero(weight_decay):
-        w = w * (1 - rate * weight_decay)
-    w = w - rate * direction
+        rate = lr * trust_ratio(*(squares_of(moved) if squares is None else squares))
+    w = moved.w
+    if not is_zero(moved.decay):
+        w = w * (1 - rate * moved.decay)
+    w = w - rate * moved.direction
 
     if l1_mode == "prox" and not is_zero(l1):
-        w = soft_threshold(w, rate * l1 * rule.gain(settings, new))
+        w = soft_threshold(w, rate * l1 * rule.gain(settings, moved.state))
     if l1_mode == "decoupled" and not is_zero(l1):
         w = soft_threshold(w, rate * l1)
 
-    for name, moved in new.items():
-        store(as_real(state[name]), moved, skip)
+    for name, value in moved.state.items():
+        store(as_real(state[name]), value, skip)
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
     store(as_real(param), w, skip | (lr == 0))
+
+
+def squares_of(moved: Move) -> Tensor:
+    """Sums of squares of a parameter and of its update, in the widest dtype of the device."""
+    update = moved.direction + moved.decay * moved.w
+    both = (x.to(wide_dtype(x.device)) for x in (moved.w, update))
+    return torch.stack([(x * x).sum() for x in both])
 
 
 def trust_ratio(w_squares: Tensor, update_squares: Tensor) -> Number:
@@ -125,11 +157,6 @@ def trust_ratio(w_squares: Tensor, update_squares: Tensor) -> Number:
     ratio = torch.where(either, 1.0, w_squares.sqrt() / update_squares.sqrt())
     trust: Number = number(ratio, ratio.device)
     return trust
-
-
-def _squares(x: Tensor) -> Tensor:
-    wide = x.to(wide_dtype(x.device))
-    return (wide * wide).sum()
 
 
 def _read(rule: Rule, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> State:

@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 # conftest.py chooses among these lists, so that the time of the suite grows with the rules and not
-# with rules times penalties. All CASES meet the oracle, torch, and what is said of L1 and decay.
+# with rules times penalties. All CASES meet the oracle and torch, and on the reference path what is
+# said of L1 and decay.
 
 # What meets every other property: a penalty is the step's and does not know the rule, so three
 # rules stand for all, one for each way in which the L1 threshold comes about (a mass that counts
@@ -48,26 +49,29 @@ PROPERTY_CASES = [
     if case.rule in ("sgd_momentum", "adam", "adamw") or case.penalty in ("none", "elastic_net")
 ]
 
+# Of each class its first rule without a penalty, and, where the formula does not matter, one case
+# with all it has: the last of the rules that have the most options.
+PLAIN = {case.cls: case for case in reversed(CASES) if case.penalty == "none"}
+_ELASTIC_NETS = [case for case in CASES if case.penalty == "elastic_net"]
+SOME = [
+    sorted((c for c in _ELASTIC_NETS if c.cls is cls), key=lambda case: len(case.kwargs))[-1]
+    for cls in CLASSES
+]
+FULL = {case.cls: case for case in SOME}
+
+# What meets the properties on the interpreter, where a step takes ten times as long: every class,
+# and every penalty with Adam.
+INTERPRETED_CASES = [case for case in CASES if case.rule == "adam" or case in SOME]
+
 
 def _device_rule(case: Case) -> tuple[type, Any]:
     """What kernels are compiled for: two rules of a class may differ in numbers only."""
     return case.cls, case.make([torch.zeros(1)]).device_rule(case.options)
 
 
-# Every device function, for what is slow: each rule's once with the elastic net, and each penalty's
-# with Adam.
-_ELASTIC_NETS = [case for case in CASES if case.penalty == "elastic_net"]
+# Every device function: each rule's once with the elastic net, and each penalty's with Adam.
 _FIRST = {_device_rule(case): case for case in reversed(_ELASTIC_NETS)}
 KERNEL_CASES = [case for case in CASES if case.rule == "adam" or case in _FIRST.values()]
-
-# Of each class its first rule without a penalty, and, where the formula does not matter, one case
-# with all it has: the last of the rules that have the most options.
-PLAIN = {case.cls: case for case in reversed(CASES) if case.penalty == "none"}
-SOME = [
-    sorted((c for c in _ELASTIC_NETS if c.cls is cls), key=lambda case: len(case.kwargs))[-1]
-    for cls in CLASSES
-]
-FULL = {case.cls: case for case in SOME}
 
 
 def by_id(cases: list[Case]) -> dict[str, Any]:

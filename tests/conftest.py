@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 import fusedreg
 
-from cases import CASES, KERNEL_CASES, PATHS, PROPERTY_CASES, SOME, Case
+from cases import CASES, INTERPRETED_CASES, KERNEL_CASES, PATHS, PROPERTY_CASES, SOME, Case
 
 torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain nothing from threads
 
@@ -45,19 +45,22 @@ def _seed() -> Iterator[None]:
     assert torch.get_default_dtype() == dtype
 
 
-FORMULAS = ("test_oracle", "test_torch_parity", "test_l1", "test_decay", "test_gpu")
-"""The files whose tests are about the formula, so that every product of rule and penalty counts."""
+ALL_PATHS = ("test_oracle", "test_torch_parity", "test_gpu")
+"""The files in which every product of rule and penalty counts."""
+REFERENCE = ("test_l1", "test_decay")
+"""Those in which it does on the path that reads like the formula."""
 
 
 def _taken(path: str | None, file: str) -> list[Case]:
     """The cases that the tests of a file take on a path; see cases.py."""
     if path == "foreach":  # what "default" runs, by another flag
         return SOME
-    if path == "fused" and file != "test_oracle":  # the rules of "default", interpreted: slow
-        return KERNEL_CASES
-    if path == "device" or file not in FORMULAS:
+    if path == "fused" and file != "test_oracle":  # the rules of "default", interpreted
+        return INTERPRETED_CASES
+    if path == "device":  # what "reference" runs, with numbers that nobody may read
         return PROPERTY_CASES
-    return CASES
+    everything = file in ALL_PATHS or (file in REFERENCE and path in ("reference", None))
+    return CASES if everything else PROPERTY_CASES
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -386,7 +386,7 @@ def test_sums_of_adagrad_begin_where_torchs_do_whenever_a_parameter_comes(
         run(optimizer, 2)
         optimizer.add_param_group({"params": params[1:2]})
         run(optimizer, 1)
-        # torch creates the state at once and fusedreg in the first step, both from the constructor's.
+        # torch creates the state at once, fusedreg in the first step, both by the constructor's.
         optimizer.add_param_group({"params": params[2:]})
         run(optimizer, 2)
         runs.append([*params, *(optimizer.state[param]["sum"] for param in params)])

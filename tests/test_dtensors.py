@@ -83,10 +83,10 @@ def test_dtensors_of_any_layout_train_as_one_process(layout: str, path: str) -> 
     assert collectives.seen == Counter(allreduce=all_reduces), collectives.seen
 
 
-def sums(params: list[nn.Parameter], together: bool) -> int:
-    """All-reduces of a layerwise step: for each way to be spread, or each tensor by itself."""
-    each = [fusedreg.dist.spread_of(param) for param in params]
-    return sum(len(one.dims) for one in (set(each) if together else each) if one is not None)
+def sums(params: list[nn.Parameter]) -> int:
+    """All-reduces of a layerwise step: one for each dimension of each way to be spread."""
+    spreads = set(map(fusedreg.dist.spread_of, params))
+    return sum(len(spread.dims) for spread in spreads if spread is not None)
 
 
 def assert_all_ranks_have(params: list[nn.Parameter]) -> None:
@@ -127,8 +127,39 @@ def test_norms_of_tensors_are_those_of_whole_tensors(layout: str, path: str) -> 
     assert_all_ranks_have(params)
     with Collectives() as collectives:
         optimizer.step()
-    expected = all_reduces + sums(params, together=path != "reference")
+    expected = all_reduces + sums(params)
     assert collectives.seen == Counter(allreduce=expected), collectives.seen
+
+
+@on_every_rank
+def test_norms_of_tensors_agree_where_ranks_take_different_paths() -> None:
+    _, layouts = LAYOUTS["some_dimensions"]
+    params, twins = spread_all(layouts), parameters(shapes=SHAPES)
+    optimizer = LAMB.make(params, "reference" if dist.get_rank() == 1 else "default")
+    alone = LAMB.make(twins)
+
+    def gradients(seed: int) -> None:
+        set_spread_grads(params, layouts, seed)
+
+    follow(optimizer, alone, gradients, lambda: list(map(whole, params)))
+
+
+@on_every_rank
+def test_a_rank_without_gradients_keeps_no_other_waiting() -> None:
+    """What is there of a tensor decides its norms, and where there is no gradient nothing moves."""
+    _, layouts = LAYOUTS["some_dimensions"]
+    params = spread_all(layouts)
+    optimizer = LAMB.make(params, "default")
+    for step, without in enumerate(({0, 1, 2, 3, 4}, {0, 3}, set(), {1, 2})):
+        set_spread_grads(params, layouts, step)
+        before = frozen([param.to_local() for param in params if hasattr(param, "to_local")])
+        if dist.get_rank() == 1:
+            for index in without:
+                params[index].grad = None
+        optimizer.step()
+        after = frozen([param.to_local() for param in params if hasattr(param, "to_local")])
+        stays = dist.get_rank() == 1 and len(without) == len(params)
+        assert (after == before) == stays
 
 
 @on_every_rank

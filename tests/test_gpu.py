@@ -103,7 +103,13 @@ def accuracy(case: Case, dtype: torch.dtype) -> float:
     least 1 - beta, is off by up to 2**-52, relatively 1 / (1 - beta) ulp, and the root of the
     second moment by half of that. Neither step nor threshold is larger than what assert_close
     compares with.
+
+    Where coupled decay cancels every gradient of an element, Adagrad divides what rounding left of
+    them by itself: of 20,000 elements one has two below 1/100, where half an ulp of 1 becomes 50 of
+    the direction, times lr 25, in three steps.
     """
+    if case.cls is fusedreg.Adagrad:
+        return 2 + 25 / STEPS
     if dtype != torch.float64 or not issubclass(case.cls, fusedreg.Adam):
         return 2
     beta1, beta2 = case.options["betas"]
@@ -128,11 +134,17 @@ def test_steps_equal_the_papers_formulas(case: Case, dtype: torch.dtype) -> None
     assert_close(params, expected, ulps=STEPS * accuracy(case, dtype))
 
 
-TORCH = {"fused": {"fused": True}, "for-loop": {"foreach": False, "fused": False}}
+TORCH = {"fused": {"fused": True}, "for-loop": {"foreach": False}}
+FUSED = (fusedreg.SGD, fusedreg.Adam)  # of the others torch has no fused step on a GPU
+PAIRS = [
+    (case, how)
+    for case in TORCH_CASES
+    for how in TORCH
+    if how != "fused" or issubclass(case.cls, FUSED)
+]
 
 
-@pytest.mark.parametrize("how", TORCH)
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@pytest.mark.parametrize(("case", "how"), PAIRS, ids=lambda value: getattr(value, "id", value))
 def test_float32_steps_equal_torchs(case: Case, how: str) -> None:
     params, theirs = parameters(shapes=FULL), parameters(shapes=FULL)
     run(case.make(params, PATH))

@@ -485,12 +485,12 @@ def bound_of(problem: Problem, place: Place, optimizer: FusedOptimizer) -> float
             roundings += math.sqrt(sum(sizes)) / 3
         if optimizer.layerwise:  # two of them, and the root of each halves that
             roundings += math.sqrt(max(sizes)) / 3
-        if place.device.type != "cpu" or place.path == "triton":
+        betas = optimizer.defaults.get("betas")
+        counts = "step" in optimizer.scalar_states  # Lion has betas and corrects nothing
+        if betas and counts and (place.device.type != "cpu" or place.path == "triton"):
             # A device forms 1 - beta**t, at least 1 - beta, to an ulp of 1; the root halves that.
             # On a CPU the power is the one that Python takes.
-            counts = "step" in optimizer.scalar_states  # Lion, which has betas, does not
-            beta1, beta2 = optimizer.defaults.get("betas", (0.0, 0.0)) if counts else (0.0, 0.0)
-            roundings += 1 / (1 - beta1) + 0.5 / (1 - beta2)
+            roundings += 1 / (1 - betas[0]) + 0.5 / (1 - betas[1])
     if stored == computed:
         return roundings
     # Rounded once, to nearest.

@@ -83,7 +83,8 @@ def one_step(slot: Slot, g: Tensor, case: Case, **changed: Any) -> None:
     if not decoupled:
         g = g + decay * w
         decay = 0.0
-    move, per_unit = FORMULAS[case.cls](slot.history, g, options)
+    formula = next(FORMULAS[cls] for cls in case.cls.__mro__ if cls in FORMULAS)
+    move, per_unit = formula(slot.history, g, options)
     update = move + decay * w
     if case.cls.layerwise:
         lengths = float(torch.linalg.norm(w)), float(torch.linalg.norm(update))

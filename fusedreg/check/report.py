@@ -96,7 +96,7 @@ def table(rows: Sequence[Row]) -> Table:
     )
     for heading in ("rule", "penalty"):
         made.add_column(heading, no_wrap=True)
-    for heading in (*dtypes, "launches"):
+    for heading in (*dtypes, "calls"):
         made.add_column(heading, justify="right", no_wrap=True)
     made.add_column("", no_wrap=True)
     for rule in dict.fromkeys(row.rule for row in rows):

@@ -28,6 +28,7 @@ from cases import (
     CASES,
     CLASSES,
     FULL,
+    KERNEL_CASES,
     PLAIN,
     RULES,
     SOME,
@@ -152,7 +153,7 @@ def build(case: Case, **options: Any) -> tuple[nn.Module, Any]:
 
 
 # torch cannot gather what is empty.
-STATEFUL = [case for case in CASES if case.make(parameters()).states(case.options)]
+STATEFUL = [case for case in KERNEL_CASES if case.make(parameters()).states(case.options)]
 
 
 @pytest.mark.usefixtures("_process_group")
@@ -183,7 +184,7 @@ def test_run_resumes_from_a_distributed_checkpoint(
 
 
 @ways
-@pytest.mark.parametrize("case", **by_id(CASES))
+@pytest.mark.parametrize("case", **by_id(KERNEL_CASES))
 def test_asking_for_the_state_before_training_changes_nothing(
     case: Case, way: StateDictOptions
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -241,6 +242,8 @@ class AdamW(Adam):
     Differs from torch.optim.AdamW: as :class:`Adam` from torch.optim.Adam.
     """
 
+    fixed_options = MappingProxyType({"decoupled_weight_decay": True})
+
     def __init__(
         self,
         params: ParamsT,
@@ -284,11 +287,6 @@ class AdamW(Adam):
             state_dtype=state_dtype,
             process_group=process_group,
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # a checkpoint of Adam must not turn this into Adam
-            group["decoupled_weight_decay"] = True
 
 
 def _check_tensors(lr: object, betas: Betas, foreach_only: bool) -> None:

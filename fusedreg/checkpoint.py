@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -46,13 +46,19 @@ def is_absent(value: object) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def check_states(state_dict: StateDict, rule: Any, others: Container[str]) -> None:
+def check_states(state_dict: StateDict, rule: Any, others: Sequence[Any]) -> None:
     """Raise unless each parameter has the states that class `rule` keeps, all or none.
 
-    What else it has is a user's own, unless it has nothing of `rule` and something of `others`, the
-    moments that other classes keep.
+    What else it has is a user's own, unless it has nothing of `rule` and a moment that one of the
+    `others`, all classes, keeps; or all that one of them keeps: Adam's file has Lion's `exp_avg`.
     """
     known = {*rule.scalar_states, *rule.tensor_states}
+    moments = {name for other in others for name in other.tensor_states}
+    required = [
+        {*other.scalar_states, *other.tensor_states} - {*other.late_states} for other in others
+    ]
+    # A single name may be a user's own by chance.
+    of_others = [names for names in required if len(names) > 1 and not names <= known]
     ids = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key, state in state_dict["state"].items():
         if key not in ids:
@@ -68,8 +74,8 @@ def check_states(state_dict: StateDict, rule: Any, others: Container[str]) -> No
             )
         found = {name for name in known & state.keys() if not is_absent(state[name])}
         missing = sorted(known - found - {*rule.late_states})
-        foreign = [name for name in state if name in others and name not in known]
-        if foreign and not found:
+        foreign = [name for name in state if name in moments and name not in known]
+        if foreign and (not found or any(whole <= state.keys() for whole in of_others)):
             raise ValueError(
                 f"loaded state dict contains {foreign[0]!r} for parameter {key}, which "
                 f"{rule.__name__} does not keep: load it into the class that it was saved from"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -99,6 +100,8 @@ class FusedOptimizer(Optimizer):
     """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
     device_options: tuple[str, ...] = ()
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
+    fixed_options: Mapping[str, Any] = MappingProxyType({})
+    """Options that every group has, whatever a checkpoint of another class says."""
     layerwise: bool = False
     """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
 
@@ -667,9 +670,9 @@ class FusedOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         checkpoint.check_keys(state_dict)
         groups = checkpoint.merge_groups(self.param_groups, state_dict["param_groups"])
-        others = {name for cls in _classes(FusedOptimizer) for name in cls.tensor_states}
-        checkpoint.check_states(state_dict, type(self), others)
+        checkpoint.check_states(state_dict, type(self), list(_classes(FusedOptimizer)))
         for group in groups:
+            group.update(self.fixed_options)
             self._check_group(group, read_device=True)
         state = checkpoint.restore_state(groups, state_dict, type(self))
         self.__setstate__({"state": state, "param_groups": groups})
@@ -690,9 +693,10 @@ class FusedOptimizer(Optimizer):
             self._own = Own(**{name: state[key] for name, key in old.items() if key in state})
         self._plan = None
         # Of an older version, which lacked some.
-        self.defaults = {**OPTIONS, "decay_lr": self.defaults.get("lr"), **self.defaults}
+        self.defaults = {**OPTIONS, "decay_lr": self.defaults["lr"], **self.defaults}
         for group in self.param_groups:
-            group.setdefault("decay_lr", _copied(group["lr"]))
+            group.update(self.fixed_options)
+            group.setdefault("decay_lr", _copied(group.get("lr", self.defaults["lr"])))
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 

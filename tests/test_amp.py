@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 
 import fusedreg
 
-from cases import CASES, PATHS, Case, by_id, parameters, run, set_grads
+from cases import CASES, PATHS, SOME, Case, by_id, parameters, run, set_grads
 from compare import parameters_of
 from problems import differences, few_paths, same_bits, snapshot
 
@@ -25,8 +25,7 @@ FEW_CASES = by_id(
     [
         case
         for case in CASES
-        if case.rule in ("sgd_dampening", "sgd_nesterov", "adam_amsgrad", "adamw")
-        and case.penalty in ("none", "elastic_net")
+        if case.rule in {some.rule for some in SOME} and case.penalty in ("none", "elastic_net")
     ]
 )
 

@@ -339,6 +339,26 @@ def test_state_of_another_class_is_refused(cls: type) -> None:
     assert_refused(cls, spoil, f"^loaded state dict contains {message}")
 
 
+def required(cls: type) -> set[str]:
+    return states(cls) - {*cls.late_states}
+
+
+@pytest.mark.parametrize(
+    ("foreign", "cls"),
+    [
+        (foreign, cls)
+        for foreign in CLASSES
+        for cls in CLASSES
+        if not required(foreign) <= states(cls)
+    ],
+)
+def test_file_of_another_class_is_refused(foreign: type, cls: type) -> None:
+    """Also where the two share a state: Adam's file has Lion's, and RMSprop's has SGD's."""
+    saved, optimizer = trained(foreign).state_dict(), trained(cls)
+    with refused(optimizer, ValueError, "loaded state dict (contains|lacks)"):
+        optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (5, 4), (15,), (1, 5, 3), (1,), (), (0,)], ids=str)
 @pytest.mark.parametrize(
     ("cls", "name"), [(cls, name) for cls in CLASSES for name in cls.tensor_states]

@@ -1,4 +1,4 @@
-"""The trust ratio ||w|| / ||u|| of each tensor: of LAMB, and of any class with `layerwise = True`."""
+"""The trust ratio ||w|| / ||u|| of each tensor: of LAMB and of any class with `layerwise`."""
 
 from __future__ import annotations
 

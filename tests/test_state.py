@@ -163,8 +163,9 @@ def test_options_missing_in_a_torch_file_keep_their_values(case: Case) -> None:
     assert all(group[name] == value for name, value in case.torch_kwargs.items())
 
 
-def test_adamw_stays_adamw_and_adam_stays_adam() -> None:
-    adam, adamw = (cls(parameters()) for cls in (torch.optim.Adam, fusedreg.AdamW))
+@pytest.mark.parametrize("options", [{}, {"lr_independent_decay": True}], ids=str)
+def test_adamw_stays_adamw_and_adam_stays_adam(options: dict[str, bool]) -> None:
+    adam, adamw = torch.optim.Adam(parameters()), fusedreg.AdamW(parameters(), **options)
     run(adam, 1)
     adamw.load_state_dict(adam.state_dict())
     assert adamw.param_groups[0]["decoupled_weight_decay"] is True

@@ -277,10 +277,11 @@ own: dict[type[fusedreg.FusedOptimizer], dict[str, st.SearchStrategy[Any]]] = {
     fusedreg.SGD: {"l1_mode": modes, "momentum": shares, "dampening": shares},
     fusedreg.Adam: {"l1_mode": modes, "betas": betas, "eps": eps, "amsgrad": st.booleans()},
     fusedreg.AdamW: {"l1_mode": modes, "betas": betas, "eps": eps, "amsgrad": st.booleans()},
-    # A direction may be eps over the rounding of a gradient that decay cancels, so eps is large.
+    # Of 3 gradients the variance is alpha^3 of the mean square or more, and what decay cancels is
+    # small beside a large eps: so no root is a rounding's.
     fusedreg.RMSprop: {
         "l1_mode": modes,
-        "alpha": shares,
+        "alpha": st.sampled_from([0.5, 0.9]),
         "momentum": st.sampled_from([0.0, 0.5]),
         "eps": st.sampled_from([0.5, 2.0]),
         "centered": st.booleans(),
@@ -323,7 +324,7 @@ def strided(draw: st.DrawFn) -> torch.Tensor:
 
 
 @settings(
-    max_examples=120,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # `path` is one for all examples

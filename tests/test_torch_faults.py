@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fusedreg
 
-from cases import PATHS
+from cases import PATHS, TORCH_CLASSES
 from compare import assert_close, frozen
 
 Test = Callable[..., None]
@@ -100,10 +100,13 @@ def test_t3_fused_momentum_takes_a_gradient_that_comes_later(optim: ModuleType) 
 
 
 @fault()
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad"])
 @pytest.mark.parametrize("found_inf", [2.0, 0.5])
-def test_t4_found_inf_of_several_devices_skips(optim: ModuleType, found_inf: float) -> None:
+def test_t4_found_inf_of_several_devices_skips(
+    optim: ModuleType, found_inf: float, name: str
+) -> None:
     param = ones()
-    optimizer = optim.AdamW([param], lr=0.1, fused=True)
+    optimizer = getattr(optim, name)([param], lr=0.1, fused=True)
     optimizer.found_inf = torch.tensor(found_inf)  # GradScaler sums one flag per device
     param.grad.fill_(math.inf)
     optimizer.step()
@@ -112,7 +115,7 @@ def test_t4_found_inf_of_several_devices_skips(optim: ModuleType, found_inf: flo
 
 
 @fault()
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
 @pytest.mark.parametrize("layout", ["view", "gradient"])
 def test_t5_fused_respects_strides(optim: ModuleType, name: str, layout: str) -> None:
     data, grad = torch.arange(24.0).reshape(4, 6), torch.randn(4, 6)
@@ -162,6 +165,7 @@ def test_t7_loading_shares_no_memory(optim: ModuleType) -> None:
         ("SGD", {"momentum": 0.9, "weight_decay": 0.5}),
         ("Adam", {"weight_decay": 0.5}),
         ("AdamW", {}),
+        ("RMSprop", {"weight_decay": 0.5}),
     ],
 )
 def test_t8_saving_before_training_does_not_change_it(
@@ -182,7 +186,7 @@ def test_t8_saving_before_training_does_not_change_it(
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("cls", [fusedreg.SGD, fusedreg.Adam, fusedreg.AdamW])
+@pytest.mark.parametrize("cls", TORCH_CLASSES)
 def test_t8_a_first_step_of_zeros_counts_as_in_torch(cls: type) -> None:
     """Nobody but torch.distributed.checkpoint steps for the state alone."""
     ends = []
@@ -216,6 +220,64 @@ def test_t9_a_copy_keeps_hooks_and_amp_support(
     assert getattr(twin, "calls", 0) == 1
     assert not hasattr(optimizer, "calls")
     assert getattr(twin, "_step_supports_amp_scaling", False)
+
+
+def constant_gradient(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> None:
+    grad = torch.linspace(-1, 1, param.numel(), dtype=param.dtype)
+    for _ in range(300):
+        param.grad = grad.clone()
+        optimizer.step()
+
+
+@fault()
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_t10_centered_rmsprop_is_finite(optim: ModuleType, momentum: float, foreach: bool) -> None:
+    """The variance of a gradient that does not change is rounded below 0; its root is NaN."""
+    param = nn.Parameter(torch.zeros(500))
+    options = {"alpha": 0.9, "centered": True, "momentum": momentum, "foreach": foreach}
+    constant_gradient(optim.RMSprop([param], lr=1e-3, **options), param)
+    assert param.isfinite().all()
+
+
+def test_t10_on_every_path(path: str) -> None:
+    """Also where l1 divides by that root, and eps limits what is left of it."""
+    param = nn.Parameter(torch.zeros(50))
+    options = {"alpha": 0.9, "eps": 1e-3, "l1": 0.1, "centered": True, **PATHS[path]}
+    constant_gradient(fusedreg.RMSprop([param], lr=1e-5, **options), param)
+    assert param.isfinite().all()
+    assert param.any()
+
+
+@fault(raises=KeyError)
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("RMSprop", "momentum", 0.9), ("RMSprop", "centered", True), ("Adam", "amsgrad", True)],
+)
+def test_options_may_be_turned_on_later(
+    optim: ModuleType, name: str, option: str, value: Any
+) -> None:
+    param = ones()
+    optimizer = getattr(optim, name)([param], lr=0.1)
+    optimizer.step()
+    optimizer.param_groups[0][option] = value
+    before = param.detach().clone()
+    optimizer.step()
+    assert (param < before).all()
+
+
+@fault()
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize("grad", [0.0, 1e-4])
+def test_a_small_float16_gradient_is_not_divided_by_zero(
+    optim: ModuleType, name: str, grad: float
+) -> None:
+    """In float16 1e-8 and the square of 1e-4 are 0, so the for-loop divides by 0."""
+    param = ones(dtype=torch.float16)
+    param.grad.fill_(grad)
+    getattr(optim, name)([param], lr=0.1, weight_decay=0.0, foreach=False).step()
+    assert param.isfinite().all()
+    assert grad or torch.equal(param, torch.ones_like(param))
 
 
 @fault()
@@ -282,7 +344,7 @@ def test_t14_fused_sgd_takes_a_dtensor(optim: ModuleType, mesh: DeviceMesh) -> N
     assert isinstance(optimizer.state[param]["momentum_buffer"], DTensor)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
 def test_t14_dtensors_step_and_clip_as_tensors_do(name: str, mesh: DeviceMesh, path: str) -> None:
     whole, plain = torch.randn(4, 3), torch.randn(2)
     options = {"lr": 0.1, "l1": 0.1, "max_grad_norm": 0.5}

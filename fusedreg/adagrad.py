@@ -149,6 +149,8 @@ class Adagrad(FusedOptimizer):
 
     def share_memory(self) -> None:
         """Move `sum` of every parameter into shared memory, for processes that train together."""
+        for group in self.param_groups:
+            self._check_group(group)
         self._init_states([(group, group["params"]) for group in self.param_groups])
         for param in self._params():
             self.state[param]["sum"].share_memory_()

@@ -125,8 +125,8 @@ def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) 
     problem = None
     if grad.layout is not torch.strided:
         problem = (
-            f"{who} does not support sparse gradients, please consider torch.optim.SGD or "
-            "torch.optim.SparseAdam, or build the layer with sparse=False"
+            f"{who} does not support sparse gradients, please consider torch.optim.SGD, "
+            "torch.optim.Adagrad or torch.optim.SparseAdam, or build the layer with sparse=False"
         )
     elif not _is_numeric(param) or not _is_numeric(grad):
         what, dtype = (

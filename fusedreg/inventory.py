@@ -163,7 +163,13 @@ class Inventory:
 
     def _structure(self, group: dict[str, Any], line: list[Number]) -> tuple[Any, ...]:
         """What of a group's options decides which state, rule and hooks its parameters need."""
-        rule, names = self.launch.rule_of(self.rule.device_rule(group)), self.rule.states(group)
+        names = self.rule.states(group)
+        rule = self.launch.rule_of(
+            self.rule.device_rule(group),
+            states=len(names),
+            counts=len(self.rule.scalar_states),
+            line=len(line),
+        )
         hooks = self.launch.penalties([line])
         return rule, names, group["l1_mode"] == "decoupled", group["fused"], hooks
 

@@ -30,14 +30,15 @@ class LAMB(Adam):
         u = m / (1 - beta1^t) / d
         u = u + weight_decay * w                  if decoupled_weight_decay
         u = u + weight_decay / decay_lr * w       if lr_independent_decay, instead
-        r = ||w|| / ||u||                         1 where either is 0
+        r = min(||w|| / ||u||, 2^100)             1 where either norm is 0
         w = w - lr * r * u
         w = S(w, lr * r * l1 / d)                 if l1_mode == "prox", where v is not 0
         w = S(w, lr * r * l1)                     if l1_mode == "decoupled"
 
-    Norms are L2 norms of one tensor each, over all ranks where it is a DTensor. r is the trust
-    ratio, with the identity in the place of the paper's phi. There are two forms of the decay, and
-    neither is AdamW's:
+    Norms are L2 norms of one tensor each, over all ranks where it is a DTensor; their squares are
+    summed in float64, which fits norms between 1e-154 and 1e154. r is the trust ratio, with the
+    identity in the place of the paper's phi. There are two forms of the decay, and neither is
+    AdamW's:
 
     - the paper's, decoupled_weight_decay=True: it is part of the update whose norm divides. As r
       makes that as long as w, more decay turns the step towards -w, but does not lengthen it.

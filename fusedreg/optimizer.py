@@ -134,6 +134,9 @@ class FusedOptimizer(Optimizer):
             who = f"{type(self).__name__}.__init__()"
             raise TypeError(f"{who} got an unexpected keyword argument {name!r}")
         defaults = {**OPTIONS, **defaults, **options}
+        for name in ("lr", *self.device_options):
+            if name not in defaults:
+                raise TypeError(f"{type(self).__name__} has no option {name!r} among its defaults")
         defaults["decay_lr"] = _copied(defaults["lr"])
         self._own = Own()
         self.max_grad_norm = max_grad_norm
@@ -143,6 +146,21 @@ class FusedOptimizer(Optimizer):
         self._check_group(defaults, read_device=True)
         super().__init__(params, defaults)
         self._check_norm_is_global()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise where kernels would not run what a subclass says."""
+        super().__init_subclass__(**kwargs)
+        owner = {
+            name: next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
+            for name in ("direction", "gain", "device_rule")
+        }
+        for name in ("direction", "gain"):
+            if owner[name] < owner["device_rule"]:
+                raise TypeError(
+                    f"{cls.__name__} overrides {name} but not device_rule, so kernels would still "
+                    "run the rule that it inherits: return the Rule that computes the same from "
+                    "device_rule, or None for the reference path"
+                )
 
     # ---- the contract: a subclass overrides the last three, and of the others what differs -------
 
@@ -175,12 +193,15 @@ class FusedOptimizer(Optimizer):
                 )
 
     def device_rule(self, group: Settings) -> Any:
-        """The rule for kernels: a `fusedreg.kernels.rules.Rule`, or the name of one there."""
-        raise NotImplementedError
+        """The rule for kernels: a `fusedreg.kernels.rules.Rule`, or the name of one there.
+
+        None, as here, leaves all parameters of the group to the reference path.
+        """
+        return None
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
         """What lr multiplies, and the new state, from the old state and the penalised gradient."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no direction")
 
     def gain(self, settings: Settings, state: State) -> Number:
         """Displacement per unit of a constant gradient, over lr, in the new state.
@@ -188,7 +209,7 @@ class FusedOptimizer(Optimizer):
         `lr * gain * l1` is the threshold whose fixed point minimises loss + l1 * |w|. Not asked for
         where `check_group` refuses l1_mode="prox".
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no gain, which l1 asks for")
 
     # ---- what belongs to the optimizer ---------------------------------------------------------
 
@@ -267,13 +288,19 @@ class FusedOptimizer(Optimizer):
         All others take the reference path.
         """
         kernels = (
-            backend.kernels_for(param, group["fused"])
+            self._kernels_for(param, group)
             for group in self.param_groups
             for param in group["params"]
         )
         found = {"reference" if launch is None else launch.NAME for launch in kernels}
         order = ("triton", "llvm", "reference")
         return " and ".join(name for name in order if name in found) or "reference"
+
+    def _kernels_for(self, param: Tensor, group: dict[str, Any]) -> Any:
+        """The kernels that step a parameter, None for the reference path."""
+        if self.device_rule(group) is None:
+            return None
+        return backend.kernels_for(param, group["fused"])
 
     @property
     def launches(self) -> int:
@@ -396,7 +423,7 @@ class FusedOptimizer(Optimizer):
         known = {} if seen is None else dict(zip(seen.chosen, seen.grad_dtypes, strict=True))
         # A parameter stays in the plan while it has no gradient, so that experts may come and go.
         kernels = {
-            param: backend.kernels_for(param, group["fused"])
+            param: self._kernels_for(param, group)
             for group in self.param_groups
             for param in group["params"]
             if param.grad is not None or param in self.state or param in known
@@ -468,10 +495,20 @@ class FusedOptimizer(Optimizer):
                     if param.device == device:
                         state = self.state.get(param, {})
                         self.init_state(settings, param, state)
+                        self._check_counts(state)
                         if dist.where_of(param) is not None:
                             self._shard_alike(param, state)
                         if state:
                             self.state[param] = state
+
+    def _check_counts(self, state: dict[str, Tensor]) -> None:
+        """Raise where a count is missing, which kernels would take for 1."""
+        for name in self.scalar_states:
+            if name not in state and name not in self.late_states:
+                raise RuntimeError(
+                    f"{type(self).__name__}.init_state creates no {name!r}: of the scalar_states "
+                    "only `step` is created by itself, and only late_states may be missing"
+                )
 
     def _shard_alike(self, param: Tensor, state: dict[str, Tensor]) -> None:
         """Give the moments of a DTensor its placements, so that their parts belong together."""

@@ -146,15 +146,20 @@ def update(
 
 def squares_of(moved: Move) -> Tensor:
     """Sums of squares of a parameter and of its update, in the widest dtype of the device."""
-    update = moved.direction + moved.decay * moved.w
-    both = (x.to(wide_dtype(x.device)) for x in (moved.w, update))
+    u = moved.direction + moved.decay * moved.w
+    both = (x.to(wide_dtype(x.device)) for x in (moved.w, u))
     return torch.stack([(x * x).sum() for x in both])
 
 
 def trust_ratio(w_squares: Tensor, update_squares: Tensor) -> Number:
-    """||w|| / ||update||, and 1 where either is 0, from the sums of their squares."""
+    """||w|| / ||update||, and 1 where either is 0, from the sums of their squares.
+
+    At most 2**100, so that the product with lr is finite in float32: a gradient that stays 0 leaves
+    an update that fades to nothing.
+    """
     either = (w_squares == 0) | (update_squares == 0)
-    ratio = torch.where(either, 1.0, w_squares.sqrt() / update_squares.sqrt())
+    ratio = (w_squares.sqrt() / update_squares.sqrt()).clamp(max=2.0**100)
+    ratio = torch.where(either, 1.0, ratio)
     trust: Number = number(ratio, ratio.device)
     return trust
 

@@ -35,11 +35,13 @@ class RMSprop(FusedOptimizer):
         d = sqrt(max(v - a^2, 0)) + eps           if centered
         b = momentum * b + g / d
         w = w - lr * b
-        w = S(w, lr * l1 * c / d)                 if l1_mode == "prox", where v is not 0
+        w = S(w, lr * l1 * c / d)                 if l1_mode == "prox", where v and d are not 0
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
 
     c is the momentum mass, what a constant direction of 1 has made of b: c = momentum * c + 1 from
-    0 on, so 1 without momentum, and 1/(1 - momentum) in the limit. Nothing is bias-corrected: v
+    0 on, so 1 without momentum, and 1/(1 - momentum) in the limit. The threshold divides by the d of
+    this step, the buffer has those of the steps before, so the two belong together once d has
+    settled: centered with momentum may go on swinging where nearly all is thresholded. Nothing is bias-corrected: v
     begins at 0, so the first step has the length lr / sqrt(1 - alpha).
 
     Args:

@@ -22,7 +22,7 @@ from fusedreg.kernels.columns import header, line, penalties
 from fusedreg.kernels.engine import fold_kernel, squares_kernel, step_kernel
 from fusedreg.kernels.norms import norm_kernel
 from fusedreg.kernels.rows import rows_kernel
-from fusedreg.kernels.rules import Rule, rule_of, trust_ratio
+from fusedreg.kernels.rules import Rule, known, trust_ratio
 from fusedreg.kernels.table import CHUNK, Table, build, constants, send
 
 __all__ = [
@@ -64,6 +64,17 @@ def block_of(dtype: torch.dtype, aligned: bool) -> int:
 def run(kernel: Any, programs: int, *args: Any, **constexprs: Any) -> None:
     """Launch `kernel` on the current device and stream. Every launch of the package goes here."""
     kernel[(programs,)](*args, **constexprs, **LAUNCH_OPTIONS)
+
+
+def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
+    """The device functions of a rule.
+
+    Args:
+        rule: they themselves, or their name in `RULES`.
+        states, counts, line: how many states, counts and numbers of a group they take. Here
+            triton's compiler sees to that, in the first launch.
+    """
+    return known(rule)
 
 
 def norms(

@@ -278,8 +278,13 @@ def lion(g, states, scalars):
 
 @triton.jit
 def trust_ratio(param_squares, update_squares):
-    """||w|| / ||update||, and 1 where either is 0, from the sums of their squares."""
+    """||w|| / ||update||, and 1 where either is 0, from the sums of their squares.
+
+    At most 2**100, so that the product with lr is finite in float32: a gradient that stays 0 leaves
+    an update that fades to nothing.
+    """
     ratio = divide(square_root(param_squares), square_root(update_squares))
+    ratio = tl.where(ratio > 1.2676506002282294e30, 1.2676506002282294e30, ratio)  # a NaN stays one
     return tl.where((param_squares == 0.0) | (update_squares == 0.0), 1.0, ratio)
 
 
@@ -309,9 +314,15 @@ WIDEST: int = ROW.value - ROW_RULE.value
 """Scalars that a row has place for."""
 
 
-def rule_of(rule: Rule | str) -> Rule:
+def known(rule: Any) -> Rule:
     """A rule of this module by its name, any other as it is."""
+    if isinstance(rule, str) and rule not in RULES:
+        raise ValueError(f"Invalid device rule: {rule!r} (expected a Rule or one of {[*RULES]})")
     found = RULES[rule] if isinstance(rule, str) else rule
+    if not (isinstance(found, Rule) and hasattr(found.scalars, "fn") and hasattr(found.tile, "fn")):
+        raise TypeError(
+            f"Invalid device rule: {found!r} (expected a Rule of two @triton.jit functions)"
+        )
     if not 0 <= found.width <= WIDEST:
         raise ValueError(
             f"Invalid width value: {found.width} (a row has place for {WIDEST} scalars of a rule: "

@@ -196,14 +196,14 @@ def _edited(edit: tuple[str, str, str] | None) -> Iterator[None]:
                 assert source.count(edit[1]) == 1, f"{name}.py must have {edit[1]!r} once"
                 source = source.replace(edit[1], edit[2])
             copies[name] = _imported(Path(folder, f"{name}_copy.py"), source)
-        before = launch.rule_of, launch.trust_ratio, launch.penalty
+        before = launch.known, launch.trust_ratio, launch.penalty
         edited = copies["rules"]
-        launch.rule_of, launch.trust_ratio = edited.rule_of, edited.trust_ratio
+        launch.known, launch.trust_ratio = edited.known, edited.trust_ratio
         launch.penalty = copies["penalty"]
         try:
             yield
         finally:
-            launch.rule_of, launch.trust_ratio, launch.penalty = before
+            launch.known, launch.trust_ratio, launch.penalty = before
 
 
 def _imported(file: Path, source: str) -> Any:

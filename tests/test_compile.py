@@ -180,7 +180,7 @@ def test_norm_reads_full_blocks_16_bytes_at_a_time(binaries: Compile, dtype: tor
     assert binaries(SOME[0], dtype, "sm_90")["norm_kernel"].count(WIDE_LOAD) == times
 
 
-ODD = [("lamb", "sm_80"), ("lamb", "sm_90"), ("rmsprop_centered_momentum", "sm_90")]
+ODD = [("lamb", "sm_80"), ("lamb", "sm_90"), ("rmsprop_both", "sm_90")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -386,7 +386,7 @@ def test_sums_of_squares_are_vectorised(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "built", build.assembled)
-    adam = engine.Kind(rules.rule_of("adam"), 2, None, None, False, dtype, dtype, dtype)
+    adam = engine.Kind(rules.known("adam"), 2, None, None, False, dtype, dtype, dtype)
     for loop, kind in ((engine.norm_loop, dtype), (engine.squares_loop, adam)):
         assert re.search(r"fadd reassoc <\d+ x double>", str(loop.__wrapped__(kind)))
     arithmetic = "double" if dtype == torch.float64 else "float"

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from cases import PATHS, parameters, run
-from compare import assert_close, assert_rounds_once, results
+import fusedreg
+from fusedreg.kernels.rules import RULES
+
+from cases import PATHS, parameters, run, set_grads
+from compare import assert_close, assert_rounds_once, frozen, parameters_of, results
 from pages import ROOT, examples
 
 BETA = 0.9
@@ -109,6 +113,91 @@ def test_options_of_every_class_are_known_and_others_refused(cls: Any) -> None:
         cls(parameters(), momentum=0.9)
     with pytest.raises(ValueError, match="Invalid l1 value"):
         cls(parameters(), l1=-1.0)
+
+
+def test_a_rule_that_only_the_readable_side_knows_is_refused() -> None:
+    """Kernels would go on with the parent's."""
+    for name in ("direction", "gain"):
+        with pytest.raises(TypeError, match=f"Half overrides {name} but not device_rule"):
+            type("Half", (fusedreg.SGD,), {name: fusedreg.SGD.direction})
+
+
+def test_without_a_device_rule_the_reference_steps(path: str) -> None:
+    class Doubled(fusedreg.SGD):
+        def direction(self, settings: Any, state: Any, grad: Tensor) -> Any:
+            direction, new = super().direction(settings, state, grad)
+            return 2 * direction, new
+
+        def device_rule(self, group: Any) -> None:
+            return None
+
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = Doubled([w], lr=0.25, **PATHS.get(path, {}))
+    w.grad = torch.ones(3)
+    optimizer.step()
+    assert w.tolist() == [0.5] * 3
+    assert (optimizer.backend, optimizer.launches) == ("reference", 0)
+
+
+def own(path: str, **members: Any) -> Any:
+    """An optimizer whose second group is of one's own rule, after one that is SGD's."""
+
+    def device_rule(self: Any, group: Any) -> Any:
+        return members["rule"] if group["maximize"] else "adagrad"
+
+    def direction(self: Any, settings: Any, state: Any, grad: Tensor) -> Any:
+        return grad, {"step": state["step"] + 1}
+
+    base = {"tensor_states": ("sum",), "scalar_states": ("step",), "device_options": ("a", "b")}
+    methods = {"device_rule": device_rule, "direction": direction}
+    cls = type("Own", (fusedreg.FusedOptimizer,), {**base, **methods, **members})
+    params = parameters(shapes=SMALL)
+    groups = [{"params": params[:2]}, {"params": params[2:], "maximize": True}]
+    return cls(groups, {"lr": 0.1, "a": 0.0, "b": 0.1}, **PATHS[path])
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "words"),
+    [
+        ("adamm", ValueError, "Invalid device rule: 'adamm'"),
+        (("adam", "adam", 2), TypeError, "expected a Rule of two @triton.jit functions"),
+        (RULES["adam"], ValueError, "unpack"),
+        (RULES["adagrad"]._replace(width=99), ValueError, "a row has place for"),
+        (RULES["adagrad"]._replace(width=1), ValueError, "returns 2 scalars, but the width"),
+        (RULES["adagrad"]._replace(tile=RULES["adam"].tile), IndexError, "out of range"),
+    ],
+    ids=["name", "kind", "options", "too wide", "width", "states"],
+)
+def test_a_wrong_rule_is_refused_before_anything_changes(
+    rule: Any, error: type[Exception], words: str
+) -> None:
+    """Also of the groups before it, which have another."""
+    optimizer = own("default", rule=rule)
+    params = parameters_of(optimizer)
+    set_grads(params, seed=1)
+    before = frozen(params)
+    with pytest.raises(error, match=words):
+        optimizer.step()
+    assert frozen(params) == before
+    for state in optimizer.state.values():
+        assert all((value == 0).all() for value in state.values())
+
+
+def test_what_a_class_forgets_is_named() -> None:
+    with pytest.raises(TypeError, match="Own has no option 'a' among its defaults"):
+        type("Own", (fusedreg.FusedOptimizer,), {"device_options": ("a",)})(
+            parameters(shapes=SMALL), {"lr": 0.1}
+        )
+    with pytest.raises(TypeError, match="FusedOptimizer has no option 'lr' among its defaults"):
+        fusedreg.FusedOptimizer(parameters(shapes=SMALL), {})
+    optimizer = own("reference", rule="adagrad", scalar_states=("step", "mass"))
+    set_grads(parameters_of(optimizer), seed=1)
+    with pytest.raises(RuntimeError, match=r"Own\.init_state creates no 'mass'"):
+        optimizer.step()
+    bare = fusedreg.FusedOptimizer(parameters(shapes=SMALL), {"lr": 0.1})
+    set_grads(bare.param_groups[0]["params"], seed=1)
+    with pytest.raises(NotImplementedError, match="FusedOptimizer defines no direction"):
+        bare.step()
 
 
 @pytest.mark.gpu

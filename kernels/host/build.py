@@ -37,7 +37,9 @@ def device(function: Any) -> Callable[..., Any]:
         name: _on_host(source.__globals__[name]) for name in loaded & source.__globals__.keys()
     }
     closure = tuple(CellType(_on_host(cell.cell_contents)) for cell in source.__closure__ or ())
-    return FunctionType(source.__code__, names, source.__name__, source.__defaults__, closure)
+    made = FunctionType(source.__code__, names, source.__name__, source.__defaults__, closure)
+    made.__kwdefaults__ = source.__kwdefaults__
+    return made
 
 
 class _Module:

@@ -132,7 +132,8 @@ def norm_loop(grad: torch.dtype) -> Any:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def _check(rule: Any, states: int, counts: int, options: int) -> None:
+@cache
+def check(rule: Any, states: int, counts: int, options: int) -> None:
     """Raise where a rule does not return what its optimizer says, or cannot be compiled."""
 
     def run(work: Value) -> None:
@@ -175,10 +176,8 @@ def rows_loop(
 ) -> Any:
     """Writes the row of every tensor and advances its counts; see launch.py for the arguments.
 
-    The address of what is not given is 0. The first loop of a step that changes anything, so the
-    rule is checked here.
+    The address of what is not given is 0.
     """
-    _check(rule, states, len(counts), options)
 
     def rows(work: Value) -> None:
         (

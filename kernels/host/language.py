@@ -26,7 +26,7 @@ def where(condition: Value, chosen: Operand, otherwise: Operand) -> Value:
     return Value(builder, builder.select(condition.ir, of.like(chosen).ir, of.like(otherwise).ir))
 
 
-def maximum(a: Value, b: Value, propagate_nan: None) -> Value:
+def maximum(a: Value, b: Value, propagate_nan: None = None) -> Value:
     """The larger of two numbers, and a NaN where either is one."""
     return where((a > b) | (a != a), a, b)  # true of NaN only
 

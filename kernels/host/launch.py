@@ -21,13 +21,14 @@ from fusedreg.kernels.columns import header, line, penalties
 from fusedreg.kernels.host.engine import (
     CHUNK,
     Kind,
+    check,
     fold_loop,
     norm_loop,
     rows_loop,
     squares_loop,
     step_loop,
 )
-from fusedreg.kernels.rules import Rule, rule_of, trust_ratio
+from fusedreg.kernels.rules import Rule, known, trust_ratio
 from fusedreg.kernels.table import Table, constants, send
 
 __all__ = [
@@ -85,6 +86,13 @@ def run(loop: Any, table: Table, *args: int) -> None:
             loop(address)
         finally:  # they use `work`, even if this thread is interrupted
             wait(others)
+
+
+def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
+    """The device functions of a rule, checked; arguments as in ../launch.py."""
+    found = known(rule)
+    check(found, states, counts, line - LINE_WIDTH.value)
+    return found
 
 
 def norms(

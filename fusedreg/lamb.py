@@ -30,7 +30,7 @@ class LAMB(Adam):
         u = m / (1 - beta1^t) / d
         u = u + weight_decay * w                  if decoupled_weight_decay
         u = u + weight_decay / decay_lr * w       if lr_independent_decay, instead
-        r = min(||w|| / ||u||, 2^100)             1 where either norm is 0
+        r = min(||w|| / ||u||, 2^120)             1 where either norm is 0
         w = w - lr * r * u
         w = S(w, lr * r * l1 / d)                 if l1_mode == "prox", where v is not 0
         w = S(w, lr * r * l1)                     if l1_mode == "decoupled"

@@ -154,11 +154,11 @@ def squares_of(moved: Move) -> Tensor:
 def trust_ratio(w_squares: Tensor, update_squares: Tensor) -> Number:
     """||w|| / ||update||, and 1 where either is 0, from the sums of their squares.
 
-    At most 2**100, so that the product with lr is finite in float32: a gradient that stays 0 leaves
+    At most 2**120, so that the product with lr is finite in float32: a gradient that stays 0 leaves
     an update that fades to nothing.
     """
     either = (w_squares == 0) | (update_squares == 0)
-    ratio = (w_squares.sqrt() / update_squares.sqrt()).clamp(max=2.0**100)
+    ratio = (w_squares.sqrt() / update_squares.sqrt()).clamp(max=2.0**120)
     ratio = torch.where(either, 1.0, ratio)
     trust: Number = number(ratio, ratio.device)
     return trust

@@ -39,10 +39,10 @@ class RMSprop(FusedOptimizer):
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
 
     c is the momentum mass, what a constant direction of 1 has made of b: c = momentum * c + 1 from
-    0 on, so 1 without momentum, and 1/(1 - momentum) in the limit. The threshold divides by the d of
-    this step, the buffer has those of the steps before, so the two belong together once d has
-    settled: centered with momentum may go on swinging where nearly all is thresholded. Nothing is bias-corrected: v
-    begins at 0, so the first step has the length lr / sqrt(1 - alpha).
+    0 on, so 1 without momentum, and 1/(1 - momentum) in the limit. Nothing is bias-corrected: v
+    begins at 0, so the first step has the length lr / sqrt(1 - alpha). The threshold divides by the
+    d of this step, and b has those of the steps before: the two belong together once d has settled.
+    Centered and with momentum it may go on swinging where nearly all weights are 0.
 
     Args:
         params: tensors, named tensors, or dicts that define param groups. Every option below up to

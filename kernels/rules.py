@@ -280,11 +280,11 @@ def lion(g, states, scalars):
 def trust_ratio(param_squares, update_squares):
     """||w|| / ||update||, and 1 where either is 0, from the sums of their squares.
 
-    At most 2**100, so that the product with lr is finite in float32: a gradient that stays 0 leaves
+    At most 2**120, so that the product with lr is finite in float32: a gradient that stays 0 leaves
     an update that fades to nothing.
     """
     ratio = divide(square_root(param_squares), square_root(update_squares))
-    ratio = tl.where(ratio > 1.2676506002282294e30, 1.2676506002282294e30, ratio)  # a NaN stays one
+    ratio = tl.where(ratio > 1.329227995784916e36, 1.329227995784916e36, ratio)  # a NaN stays one
     return tl.where((param_squares == 0.0) | (update_squares == 0.0), 1.0, ratio)
 
 

@@ -183,6 +183,20 @@ def test_squares_neither_overflow_nor_vanish_in_float32(path: str) -> None:
         torch.testing.assert_close(w.detach().double(), exact, rtol=3e-7, atol=0)
 
 
+def test_a_gradient_that_vanishes_leaves_finite_weights(path: str) -> None:
+    """The ratio is beyond float32 there. Weights are the same after a step, or a step away."""
+    w = nn.Parameter(torch.tensor([3.0, -4.0]))
+    optimizer = lamb([w], path, lr=0.5, weight_decay=0.0, l1=1e-3, eps=1.0, betas=(0.0, 0.0))
+    for size in (1e-30, 1e-38, 1e-40, 1e-45):
+        before = w.detach().clone()
+        w.grad = torch.tensor([size, 0.0])
+        optimizer.step()
+        assert w.isfinite().all()
+        # A weight without gradient has no gain, so no threshold; the other moves by half of |w|.
+        assert w[1] == before[1]
+        assert abs(w[0] - before[0]) <= 0.5 * before.norm() * (1 + 1e-6) or w[0] == 0
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_what_is_not_finite_spoils_its_tensor_alone(bad: float, path: str) -> None:
     params, others = parameters(shapes=[(5,), (3,)]), parameters(shapes=[(5,), (3,)])

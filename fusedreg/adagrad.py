@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
-from fusedreg.optimizer import FusedOptimizer
+from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State, as_real
 from fusedreg.scalars import Number
 
@@ -109,29 +109,7 @@ class Adagrad(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "lr_independent_decay": lr_independent_decay,
-            "l1": l1,
-            "l1_mode": l1_mode,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(
-            params,
-            defaults,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            process_group=process_group,
-        )
+        super().__init__(params, named(locals()))
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_betas, check_number
-from fusedreg.optimizer import FusedOptimizer
+from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Number, is_zero
 
@@ -129,30 +129,7 @@ class Adam(FusedOptimizer):
         process_group: ProcessGroup | None = None,
     ) -> None:
         _check_tensors(lr, betas, foreach_only=bool(foreach) and not capturable)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "lr_independent_decay": lr_independent_decay,
-            "l1": l1,
-            "l1_mode": l1_mode,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(
-            params,
-            defaults,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            process_group=process_group,
-        )
+        super().__init__(params, named(locals()))
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""
@@ -266,27 +243,7 @@ class AdamW(Adam):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            lr_independent_decay=lr_independent_decay,
-            l1=l1,
-            l1_mode=l1_mode,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            process_group=process_group,
-        )
+        super().__init__(params, **named(locals()), decoupled_weight_decay=True)
 
 
 def _check_tensors(lr: object, betas: Betas, foreach_only: bool) -> None:

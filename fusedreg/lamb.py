@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.adam import Adam, Betas
+from fusedreg.optimizer import named
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -101,23 +102,4 @@ class LAMB(Adam):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-            lr_independent_decay=lr_independent_decay,
-            l1=l1,
-            l1_mode=l1_mode,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            process_group=process_group,
-        )
+        super().__init__(params, **named(locals()))

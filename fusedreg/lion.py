@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_betas
-from fusedreg.optimizer import FusedOptimizer
+from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
 
 if TYPE_CHECKING:
@@ -104,28 +104,7 @@ class Lion(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "lr_independent_decay": lr_independent_decay,
-            "l1": l1,
-            "l1_mode": l1_mode,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(
-            params,
-            defaults,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            process_group=process_group,
-        )
+        super().__init__(params, named(locals()))
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""

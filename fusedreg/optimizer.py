@@ -67,6 +67,8 @@ OPTIONS: dict[str, Any] = {
     "state_dtype": None,
 }
 """Options of every param group, with the defaults of a class that does not say otherwise."""
+OWN_OPTIONS = {"max_grad_norm": None, "skip_nonfinite": False, "process_group": None}
+"""Those that belong to the optimizer, each a property of it."""
 
 LIGHTNING = ("lightning_fabric.plugins.precision.amp", "lightning.fabric.plugins.precision.amp")
 """Where Lightning, under either name, asks whether an optimizer unscales gradients by itself."""
@@ -82,10 +84,10 @@ class FusedOptimizer(Optimizer):
     Args:
         params: as every optimizer takes them.
         defaults: `lr` and the options of the subclass, which may differ between groups.
-        max_grad_norm, skip_nonfinite, process_group: as in :class:`fusedreg.SGD`.
-        options: those that every class has: weight_decay, decoupled_weight_decay,
-            lr_independent_decay, l1, l1_mode, maximize, foreach, fused, differentiable and
-            state_dtype, all as in :class:`fusedreg.SGD`.
+        options: those that every class has, as in :class:`fusedreg.SGD`: weight_decay,
+            decoupled_weight_decay, lr_independent_decay, l1, l1_mode, maximize, foreach, fused,
+            differentiable, state_dtype, max_grad_norm, skip_nonfinite and process_group. They may
+            stand in `defaults` too.
 
     Raises:
         TypeError: there is no such option.
@@ -123,25 +125,21 @@ class FusedOptimizer(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        process_group: ProcessGroup | None = None,
+        defaults: Mapping[str, Any],
         **options: Any,
     ) -> None:
-        for name in options.keys() - OPTIONS.keys():
-            who = f"{type(self).__name__}.__init__()"
-            raise TypeError(f"{who} got an unexpected keyword argument {name!r}")
-        defaults = {**OPTIONS, **defaults, **options}
+        who = type(self).__name__
+        for name in options.keys() - OPTIONS.keys() - OWN_OPTIONS.keys():
+            raise TypeError(f"{who}.__init__() got an unexpected keyword argument {name!r}")
+        defaults = {**OPTIONS, **OWN_OPTIONS, **defaults, **options}
+        own = {name: defaults.pop(name) for name in OWN_OPTIONS}
         for name in ("lr", *self.device_options):
             if name not in defaults:
-                raise TypeError(f"{type(self).__name__} has no option {name!r} among its defaults")
+                raise TypeError(f"{who} has no option {name!r} among its defaults")
         defaults["decay_lr"] = _copied(defaults["lr"])
         self._own = Own()
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.process_group = process_group
+        for name, value in own.items():
+            setattr(self, name, value)
         self._splitter = dist.constructing_splitter()
         self._check_group(defaults, read_device=True)
         super().__init__(params, defaults)
@@ -736,6 +734,15 @@ class FusedOptimizer(Optimizer):
             group.setdefault("decay_lr", _copied(group.get("lr", self.defaults["lr"])))
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+
+def named(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The `locals()` of a constructor as options: an argument has the name of its option."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("self", "__class__", "params")
+    }
 
 
 def _copied(lr: Any) -> Any:

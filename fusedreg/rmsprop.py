@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
 from fusedreg.momentum import check_mass_is_finite, initial_mass, is_thresholded
-from fusedreg.optimizer import FusedOptimizer
+from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Number, is_zero
 
@@ -123,31 +123,7 @@ class RMSprop(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "alpha": alpha,
-            "eps": eps,
-            "centered": centered,
-            "weight_decay": weight_decay,
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "lr_independent_decay": lr_independent_decay,
-            "l1": l1,
-            "l1_mode": l1_mode,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(
-            params,
-            defaults,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            process_group=process_group,
-        )
+        super().__init__(params, named(locals()))
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""

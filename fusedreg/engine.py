@@ -19,7 +19,7 @@ from torch import Tensor
 from fusedreg.dist import Spread
 from fusedreg.inventory import Inventory, States, is_remote
 from fusedreg.scalars import Flag, Number
-from fusedreg.tables import Bucket, Kind, Memory, layout
+from fusedreg.tables import Bucket, Memory, layout
 
 NOT_BEFORE_CAPTURE = (
     "Cannot capture a step that has to create state, send tables from the host or load kernels: "
@@ -241,9 +241,7 @@ class Plan:
             bucket.rows,
             bucket.partials,
             bucket.squares,
-            subgradient=bucket.hooks["subgradient"],
-            coupled=bucket.hooks["coupled"],
-            **_compiled_for(bucket.kind, scaled),
+            _walk(bucket, scaled),
         )
 
     def _squares_of_params(self) -> dict[Tensor, Tensor]:
@@ -259,30 +257,33 @@ class Plan:
     def _step(self, bucket: Bucket, grads: Tensor, scaled: bool) -> None:
         if not bucket.table.chunks:
             return
-        kind = bucket.kind
         self.launches += 1
-        kind.launch.step(
+        bucket.kind.launch.step(
             bucket.table,
             grads,
             bucket.rows,
             bucket.squares,
-            shrink=kind.shrink,
-            **bucket.hooks,
-            **_compiled_for(kind, scaled),
+            _walk(bucket, scaled),
+            decoupled=bucket.hooks["decoupled"],
+            prox=bucket.hooks["prox"],
+            shrink=bucket.kind.shrink,
         )
 
 
-def _compiled_for(kind: Kind, scaled: bool) -> dict[str, Any]:
+def _walk(bucket: Bucket, scaled: bool) -> Any:
     """What a kernel that walks all elements of a bucket is compiled for."""
-    return {
-        "rule": kind.rule,
-        "states": len(kind.states),
-        "scaled": scaled,
-        "param": kind.param,
-        "grad": kind.grad,
-        "state": kind.state,
-        "aligned": kind.aligned,
-    }
+    kind = bucket.kind
+    return kind.launch.Walk(
+        rule=kind.rule,
+        states=len(kind.states),
+        subgradient=bucket.hooks["subgradient"],
+        coupled=bucket.hooks["coupled"],
+        scaled=scaled,
+        param=kind.param,
+        grad=kind.grad,
+        state=kind.state,
+        aligned=kind.aligned,
+    )
 
 
 def is_gpu(device: torch.device) -> bool:

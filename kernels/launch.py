@@ -23,11 +23,11 @@ from fusedreg.kernels.engine import fold_kernel, squares_kernel, step_kernel
 from fusedreg.kernels.norms import norm_kernel
 from fusedreg.kernels.rows import rows_kernel
 from fusedreg.kernels.rules import Rule, known, trust_ratio
-from fusedreg.kernels.table import CHUNK, Table, build, constants, send
+from fusedreg.kernels.table import CHUNK, Table, Walk, build, constants, send
 
 __all__ = [
-    "DTYPES", "HEADER", "NAME", "ROW", "build", "constants", "header", "line", "norms", "penalties",
-    "rows", "rule_of", "run", "send", "squares", "step",
+    "DTYPES", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "norms",
+    "penalties", "rows", "rule_of", "run", "send", "squares", "step",
 ]  # fmt: skip
 
 NAME = "triton"
@@ -161,26 +161,12 @@ def rows(
 
 
 def squares(
-    table: Table,
-    grads: Tensor,
-    rows: Tensor,
-    partials: Tensor,
-    out: Tensor,
-    *,
-    rule: Rule,
-    states: int,
-    subgradient: bool,
-    coupled: bool,
-    scaled: bool,
-    param: torch.dtype,
-    grad: torch.dtype,
-    state: torch.dtype,
-    aligned: bool,
+    table: Table, grads: Tensor, rows: Tensor, partials: Tensor, out: Tensor, walk: Walk
 ) -> None:
     """Write the sums of squares of every tensor and of its update; changes nothing else.
 
     Args:
-        table, grads, rows: as for `step`, like what is not listed here.
+        table, grads, rows, walk: as for `step`.
         partials: float64, (chunks, 2), written.
         out: float64, (tensors, 2), written; 0 where there is no gradient.
     """
@@ -195,19 +181,7 @@ def squares(
         rows,
         partials,
         table.tensors,
-        RULE=rule.tile,
-        COUNT=rule.width,
-        STATES=states,
-        SUBGRADIENT=penalty.l1_subgradient if subgradient else None,
-        COUPLED=penalty.coupled if coupled else None,
-        SCALED=scaled,
-        PARAM=DTYPES[param],
-        GRAD=DTYPES[grad],
-        STATE=DTYPES[state],
-        COMPUTE=_compute(param),
-        ALIGNED=aligned,
-        CHUNK=CHUNK,
-        BLOCK=block_of(param, aligned),
+        **_constexprs(walk),
     )
     run(
         fold_kernel,
@@ -226,32 +200,22 @@ def step(
     grads: Tensor,
     rows: Tensor,
     squares: Tensor | None,
+    walk: Walk,
     *,
-    rule: Rule,
-    states: int,
-    subgradient: bool,
-    coupled: bool,
     decoupled: bool,
     prox: bool,
     shrink: bool,
-    scaled: bool,
-    param: torch.dtype,
-    grad: torch.dtype,
-    state: torch.dtype,
-    aligned: bool,
 ) -> None:
     """Step every tensor that has a gradient.
 
     Args:
-        table, grads, aligned: as for `norms`.
+        table, grads: as for `norms`.
         rows: what the function of that name wrote.
         squares: what the function of that name wrote, for a layerwise rule, summed over ranks;
             None for any other.
-        rule, states: as for `rows`.
-        subgradient, coupled, decoupled, prox: which hooks any of the groups needs.
+        walk: what the kernel is compiled for.
+        decoupled, prox: which further hooks any of the groups needs.
         shrink: whether the L1 threshold leaves out the gain of each element.
-        scaled: whether clipping or a loss scale may have changed the scale from 1.
-        param, grad, state: dtypes in memory. The arithmetic is float64 where `param` is.
     """
     run(
         step_kernel,
@@ -264,24 +228,27 @@ def step(
         rows,
         squares,
         table.tensors,
-        RULE=rule.tile,
-        COUNT=rule.width,
-        STATES=states,
-        SUBGRADIENT=penalty.l1_subgradient if subgradient else None,
-        COUPLED=penalty.coupled if coupled else None,
         DECOUPLED=penalty.decoupled if decoupled else None,
         PROX=(penalty.shrink if shrink else penalty.prox) if prox else None,
         TRUST=None if squares is None else trust_ratio,
-        SCALED=scaled,
-        PARAM=DTYPES[param],
-        GRAD=DTYPES[grad],
-        STATE=DTYPES[state],
-        COMPUTE=_compute(param),
-        ALIGNED=aligned,
-        CHUNK=CHUNK,
-        BLOCK=block_of(param, aligned),
+        **_constexprs(walk),
     )
 
 
-def _compute(param: torch.dtype) -> Any:
-    return tl.float64 if param == torch.float64 else tl.float32
+def _constexprs(walk: Walk) -> dict[str, Any]:
+    """The constants of a kernel that walks all elements."""
+    return {
+        "RULE": walk.rule.tile,
+        "COUNT": walk.rule.width,
+        "STATES": walk.states,
+        "SUBGRADIENT": penalty.l1_subgradient if walk.subgradient else None,
+        "COUPLED": penalty.coupled if walk.coupled else None,
+        "SCALED": walk.scaled,
+        "PARAM": DTYPES[walk.param],
+        "GRAD": DTYPES[walk.grad],
+        "STATE": DTYPES[walk.state],
+        "COMPUTE": tl.float64 if walk.param == torch.float64 else tl.float32,
+        "ALIGNED": walk.aligned,
+        "CHUNK": CHUNK,
+        "BLOCK": block_of(walk.param, walk.aligned),
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,25 @@ class Table(NamedTuple):
     tensors: int
     chunks: int
     elements: int
+
+
+class Walk(NamedTuple):
+    """What a kernel that walks all elements of a table is compiled for."""
+
+    rule: Any
+    states: int
+    """How many tensor states the table has."""
+    subgradient: bool
+    """Whether any of the groups needs that hook, like `coupled`."""
+    coupled: bool
+    scaled: bool
+    """Whether clipping or a loss scale may have changed the scale from 1."""
+    param: torch.dtype
+    """In memory, like `grad` and `state`. The arithmetic is float64 where this is."""
+    grad: torch.dtype
+    state: torch.dtype
+    aligned: bool
+    """Whether every address is a multiple of 16 bytes."""
 
 
 def build(

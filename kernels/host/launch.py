@@ -29,11 +29,11 @@ from fusedreg.kernels.host.engine import (
     step_loop,
 )
 from fusedreg.kernels.rules import Rule, known, trust_ratio
-from fusedreg.kernels.table import Table, constants, send
+from fusedreg.kernels.table import Table, Walk, constants, send
 
 __all__ = [
-    "HEADER", "NAME", "ROW", "build", "constants", "header", "line", "norms", "penalties", "rows",
-    "rule_of", "send", "squares", "step",
+    "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "norms", "penalties",
+    "rows", "rule_of", "send", "squares", "step",
 ]  # fmt: skip
 
 NAME = "llvm"
@@ -150,26 +150,11 @@ def rows(
 
 
 def squares(
-    table: Table,
-    grads: Tensor,
-    rows: Tensor,
-    partials: Tensor,
-    out: Tensor,
-    *,
-    rule: Rule,
-    states: int,
-    subgradient: bool,
-    coupled: bool,
-    scaled: bool,
-    param: torch.dtype,
-    grad: torch.dtype,
-    state: torch.dtype,
-    aligned: bool,
+    table: Table, grads: Tensor, rows: Tensor, partials: Tensor, out: Tensor, walk: Walk
 ) -> None:
     """Write the sums of squares of every tensor and of its update; arguments as in ../launch.py."""
-    kind = _kind(rule, states, subgradient, coupled, scaled, param, grad, state)
     run(
-        squares_loop(kind),
+        squares_loop(_kind(walk)),
         table,
         table.addresses.data_ptr(),
         grads.data_ptr(),
@@ -199,23 +184,15 @@ def step(
     grads: Tensor,
     rows: Tensor,
     squares: Tensor | None,
+    walk: Walk,
     *,
-    rule: Rule,
-    states: int,
-    subgradient: bool,
-    coupled: bool,
     decoupled: bool,
     prox: bool,
     shrink: bool,
-    scaled: bool,
-    param: torch.dtype,
-    grad: torch.dtype,
-    state: torch.dtype,
-    aligned: bool,
 ) -> None:
     """Step every tensor that has a gradient; arguments as in ../launch.py."""
     loop = step_loop(
-        _kind(rule, states, subgradient, coupled, scaled, param, grad, state),
+        _kind(walk),
         penalty.decoupled if decoupled else None,
         (penalty.shrink if shrink else penalty.prox) if prox else None,
         None if squares is None else trust_ratio,
@@ -234,17 +211,17 @@ def step(
     )
 
 
-def _kind(
-    rule: Rule, states: int, subgradient: bool, coupled: bool, scaled: bool, *dtypes: torch.dtype
-) -> Kind:
-    """What the loops over elements are compiled for; `dtypes` of parameter, gradient and states."""
+def _kind(walk: Walk) -> Kind:
+    """What the loops over elements are compiled for."""
     return Kind(
-        rule,
-        states,
-        penalty.l1_subgradient if subgradient else None,
-        penalty.coupled if coupled else None,
-        scaled,
-        *dtypes,
+        walk.rule,
+        walk.states,
+        penalty.l1_subgradient if walk.subgradient else None,
+        penalty.coupled if walk.coupled else None,
+        walk.scaled,
+        walk.param,
+        walk.grad,
+        walk.state,
     )
 
 

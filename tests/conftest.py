@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 import fusedreg
 
-from cases import CASES, INTERPRETED_CASES, KERNEL_CASES, PATHS, PROPERTY_CASES, SOME, Case
+from cases import CASES, INTERPRETED_CASES, PATHS, PROPERTY_CASES, SOME, Case
 
 torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain nothing from threads
 
@@ -66,17 +66,19 @@ def _taken(path: str | None, file: str) -> list[Case]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the cases that would only take time.
 
-    What is not in KERNEL_CASES runs no other code. It is not measured for coverage, which takes as
-    long again.
+    What is not in INTERPRETED_CASES runs no other code, nor does another way to the same kernels
+    but for SOME. It is not measured for coverage, which takes as long again.
     """
     kept, left_out = [], []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         case = params.get("case")
+        path = params.get("path")
         known = isinstance(case, Case) and case in CASES
-        if known and case not in KERNEL_CASES:
+        covered = INTERPRETED_CASES if path in ("reference", "default", None) else SOME
+        if known and case not in covered:
             item.add_marker("no_cover")
-        taken = not known or case in _taken(params.get("path"), item.path.stem)
+        taken = not known or case in _taken(path, item.path.stem)
         (kept if taken else left_out).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedreg.scalars import wide_dtype
+
 
 class Spread(NamedTuple):
     """How the elements of a parameter are spread over ranks; in other dimensions are copies."""
@@ -135,13 +137,13 @@ def sum_over_parts(params: Iterable[Tensor], here: Mapping[Tensor, Tensor]) -> N
             spreads.setdefault(spread, []).append(param)
     for spread, alike in spreads.items():
         device = alike[0].device
-        nothing = torch.zeros(2, dtype=torch.float64, device=device)
+        nothing = torch.zeros(2, dtype=wide_dtype(device), device=device)
         summed = torch.stack([here.get(param, nothing).to(nothing) for param in alike])
         for dim in spread.dims:
             summed = _sum_over(spread.mesh.get_group(dim), summed)
-        for param, total in zip(alike, summed, strict=True):
-            if param in here:
-                here[param].copy_(total)
+        places = [i for i, param in enumerate(alike) if param in here]
+        if places:  # one launch for all
+            torch._foreach_copy_([here[alike[i]] for i in places], [summed[i] for i in places])
 
 
 SCALE = {torch.float64: 2.0**530, torch.float32: 2.0**70}

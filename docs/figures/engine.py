@@ -22,7 +22,7 @@ BOXES = [
     (8.5, 2.05, 1.15, DATA, "numbers", ["a header and one line", "for each group,", "float64"]),
     (0.3, -0.15, 1.5, LAUNCH, "1  norms", ["one partial norm for each", "chunk, float64, no atomics", "(only with max_grad_norm", "or skip_nonfinite)"]),
     (4.4, -0.15, 1.5, LAUNCH, "2  rows", ["total norm, clip factor, skip?", "t + 1, bias corrections:", "one row of scalars", "for each tensor"]),
-    (8.5, -0.15, 1.5, LAUNCH, "3  step", ["scale g → subgradient, L2 →", "decay → rule → prox,", "in registers; p and states", "are stored, g is not"]),
+    (8.5, -0.15, 1.5, LAUNCH, "3  step", ["scale g → subgradient, L2 →", "rule → decay → prox,", "in registers; p and states", "are stored, g is not"]),
 ]  # fmt: skip
 
 # From, to, and a label above the middle.
@@ -75,6 +75,7 @@ def draw() -> Figure:
         ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=LINE))
         x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
         ax.text(x, y + 0.07, label, ha="center", va="bottom", fontsize=8)
+    ax.text(7.95, 0.48, "LAMB first:\nsquares,\nfold", fontsize=8, va="top", ha="center")
     for x, side in [(4.05, "left"), (7.75, "right")]:
         ax.text(x, 3.42, "if changed:\nasync copy", fontsize=8, va="center", ha=side)
     return fig

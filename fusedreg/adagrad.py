@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
+from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State, as_real
 from fusedreg.scalars import Number
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class Adagrad(FusedOptimizer):
@@ -102,6 +100,7 @@ class Adagrad(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         lr_independent_decay: bool = False,
+        decay_lr: float | Tensor | None = None,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,

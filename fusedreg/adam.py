@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_betas, check_number
+from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
-from fusedreg.scalars import Number, is_zero
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from fusedreg.scalars import Number, is_zero, pair
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -121,6 +119,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         lr_independent_decay: bool = False,
+        decay_lr: float | Tensor | None = None,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
@@ -128,6 +127,7 @@ class Adam(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        betas = pair(betas)  # type: ignore[assignment]  # of any sequence
         _check_tensors(lr, betas, foreach_only=bool(foreach) and not capturable)
         super().__init__(params, named(locals()))
 
@@ -235,7 +235,9 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
         lr_independent_decay: bool = False,
+        decay_lr: float | Tensor | None = None,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
@@ -243,7 +245,12 @@ class AdamW(Adam):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, **named(locals()), decoupled_weight_decay=True)
+        if not decoupled_weight_decay:
+            raise ValueError(
+                "Invalid decoupled_weight_decay value: False (AdamW is Adam with a decoupled decay: "
+                "use Adam for a coupled one)"
+            )
+        super().__init__(params, **named(locals()))
 
 
 def _check_tensors(lr: object, betas: Betas, foreach_only: bool) -> None:
@@ -252,10 +259,10 @@ def _check_tensors(lr: object, betas: Betas, foreach_only: bool) -> None:
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
     for index, beta in enumerate(betas):
         check_number(f"betas[{index}]", beta, below=1.0, read_device=True)
-    kinds = {Tensor if isinstance(beta, Tensor) else type(beta) for beta in betas}
-    if kinds not in ({float}, {Tensor}):
+    tensors = [isinstance(beta, Tensor) for beta in betas]
+    if any(tensors) and not all(tensors):
         raise ValueError("betas must be either both floats or both Tensors")
-    if kinds == {Tensor} and foreach_only:
+    if any(tensors) and foreach_only:
         raise ValueError(
             "betas[0] as a Tensor is not supported for capturable=False and foreach=True"
         )

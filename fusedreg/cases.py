@@ -204,7 +204,8 @@ def _is_another(cls: type[FusedOptimizer], penalty: str) -> bool:
     defaults = {name: option.default for name, option in inspect.signature(cls).parameters.items()}
     decoupled = PENALTIES[penalty].get("decoupled_weight_decay")
     if decoupled is not None:
-        return defaults.get("decoupled_weight_decay") is (not decoupled)
+        free = "decoupled_weight_decay" not in cls.fixed_options
+        return free and defaults["decoupled_weight_decay"] is not decoupled
     return penalty != "l1_prox" or defaults["l1_mode"] == "prox"
 
 

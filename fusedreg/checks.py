@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+import warnings
+from collections.abc import Collection, Iterable
 from numbers import Real
 from typing import Any
 
@@ -13,6 +17,9 @@ from fusedreg.dist import mesh_of
 from fusedreg.scalars import on_host
 
 L1_MODES = ("prox", "decoupled", "subgradient")
+
+TORCH_KEYS = frozenset(("params", "param_names", "initial_lr"))
+"""What torch itself writes into a group."""
 
 STATE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,8 +53,56 @@ def check_number(
         raise ValueError(f"Invalid {label}: {value} (expected 0 <= value{upper})")
 
 
+def check_keys(
+    group: dict[str, Any], known: Collection[str], own: Iterable[str], warned: set[str]
+) -> None:
+    """Refuse what belongs to the optimizer, and warn once of a key that looks like a misspelt one.
+
+    Args:
+        group: a param group; any other key in it is a user's own.
+        known: options of a group.
+        own: options of the optimizer.
+        warned: keys that were named before; more are added.
+
+    Raises:
+        ValueError: a group has an option of the optimizer, which would be ignored there.
+    """
+    for name in own:
+        if name in group:
+            raise ValueError(
+                f"Invalid key in a param group: {name!r} (it belongs to the optimizer, whose norm is "
+                f"that of all groups: pass it to the constructor or assign optimizer.{name})"
+            )
+    for key in group:
+        if key in known or key in TORCH_KEYS or key in warned:
+            continue
+        near = [name for name in (*known, *own) if _is_one_edit(str(key), name)]
+        if near:
+            warned.add(key)
+            warnings.warn(
+                f"the param group key {key!r} is no option and has no effect: is {near[0]!r} meant?",
+                stacklevel=4,
+            )
+
+
+def _is_one_edit(first: str, second: str) -> bool:
+    """Whether one letter more, fewer, other or swapped with its neighbour makes one the other."""
+    short, long = sorted((first, second), key=len)
+    if len(long) - len(short) > 1 or short == long:
+        return False
+    start = len(os.path.commonprefix((short, long)))
+    if len(short) < len(long):
+        return short[start:] == long[start + 1 :]
+    swapped = short[start + 1 : start + 2] + short[start : start + 1]
+    return short[start + 1 :] == long[start + 1 :] or (
+        swapped == long[start : start + 2] and short[start + 2 :] == long[start + 2 :]
+    )
+
+
 def check_betas(betas: Any, *, read_device: bool = False) -> None:
     """Raise unless `betas` are two numbers in [0, 1)."""
+    if not hasattr(betas, "__len__"):
+        raise TypeError(f"Invalid betas: {betas} (expected two numbers)")
     if len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas} (expected two numbers)")
     for index, beta in enumerate(betas):
@@ -69,6 +124,9 @@ def check_flags(group: dict[str, Any]) -> None:
 
 def check_lr_independent_decay(group: dict[str, Any], read_device: bool = False) -> None:
     """Raise where the decay is asked to leave out lr and cannot."""
+    decay_lr = group["decay_lr"]
+    if decay_lr is not None:
+        check_number("decay_lr", decay_lr, read_device=read_device)
     if not group["lr_independent_decay"]:
         return
     if not group["decoupled_weight_decay"]:
@@ -76,8 +134,6 @@ def check_lr_independent_decay(group: dict[str, Any], read_device: bool = False)
             "lr_independent_decay=True needs decoupled_weight_decay=True: a coupled decay is part "
             "of the gradient, and what lr does to that it does to the decay"
         )
-    decay_lr = group["decay_lr"]
-    check_number("decay_lr", decay_lr, read_device=read_device)
     if (not isinstance(decay_lr, Tensor) or read_device or on_host(decay_lr)) and decay_lr == 0:
         raise ValueError(
             "Invalid decay_lr value: 0 (with lr_independent_decay=True a step decays by "
@@ -168,6 +224,48 @@ def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) 
         )
     if problem is not None:
         raise RuntimeError(f"{problem} ({describe(groups, number, index)})")
+
+
+def check_moment(group: dict[str, Any], param: Tensor, name: str, value: Any) -> None:
+    """Raise where a tensor state does not fit its parameter; None is taken for none."""
+    if value is None or is_lazy(param):
+        return
+    if not isinstance(value, Tensor):
+        problem = f"is {value!r}, and not a tensor"
+    elif value.shape != param.shape:
+        problem = f"has shape {tuple(value.shape)}, which must match the size of the parameter"
+    elif value.device != param.device:
+        problem = f"is on {value.device}: load_state_dict(state_dict()) moves all states"
+    else:
+        return
+    raise RuntimeError(
+        f"The state {name!r} {problem}. Delete optimizer.state[parameter] to begin anew "
+        f"({_describe_one(group, param)})"
+    )
+
+
+def check_count(group: dict[str, Any], param: Tensor, name: str, value: Any) -> None:
+    """Raise where a state that is one number is something else; None is taken for none."""
+    if value is None or (isinstance(value, Real) and math.isfinite(value)):
+        return
+    if not isinstance(value, Tensor):
+        problem = f"is {value!r}, and not a number"
+    elif value.numel() != 1:
+        problem = f"has {value.numel()} elements, but is one number"
+    elif value.is_complex():
+        problem = f"is {value.dtype}, but a real number"
+    else:
+        return
+    raise RuntimeError(
+        f"The state {name!r} {problem}. Delete optimizer.state[parameter] to begin anew "
+        f"({_describe_one(group, param)})"
+    )
+
+
+def _describe_one(group: dict[str, Any], param: Tensor) -> str:
+    """`describe`, where the place of the parameter has to be found first."""
+    index = next(i for i, other in enumerate(group["params"]) if other is param)
+    return describe([group], 0, index)
 
 
 def _is_numeric(tensor: Tensor) -> bool:

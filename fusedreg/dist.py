@@ -7,7 +7,6 @@ only where there is something to sum.
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if torch.distributed.is_available():
+    from torch.distributed import ProcessGroup
+else:  # constructors name it in their signature
+    ProcessGroup = Any  # type: ignore[assignment, misc]
 
 from fusedreg.scalars import wide_dtype
 
@@ -246,9 +250,11 @@ def _is_running(module: str, *names: str) -> bool:
     found: Any = sys.modules.get(module)
     for name in names:
         found = getattr(found, name, None)
-    code, frame = getattr(found, "__code__", None), inspect.currentframe()
-    while code is not None and frame is not None:
-        if frame.f_code is code:
-            return True
-        frame = frame.f_back
-    return False
+    code = getattr(found, "__code__", None)
+    frame = None if code is None else sys._getframe(1)
+    try:
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        return frame is not None
+    finally:
+        del frame  # it holds the locals of its function, and the callers' too

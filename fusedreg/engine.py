@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fusedreg.dist import Spread
-from fusedreg.inventory import Inventory, States, is_remote
+from fusedreg.inventory import Inventory, States
+from fusedreg.lines import is_remote
 from fusedreg.scalars import Flag, Number
-from fusedreg.tables import Bucket, Memory, layout
+from fusedreg.tables import Bucket, Memory, addresses_at, layout
 
 NOT_BEFORE_CAPTURE = (
     "Cannot capture a step that has to create state, send tables from the host or load kernels: "
@@ -42,6 +43,7 @@ class Plan:
         self.inventory = inventory
         self.launch = inventory.launch
         self.memory = layout(inventory, inventory.states_here(state))
+        inventory.stale_tables = False
         self.gpus = list(filter(is_gpu, self.memory))
         self.header: list[float | None] = []
         self.remote = False  # whether any number lives on a device
@@ -115,8 +117,9 @@ class Plan:
         )
         known = [None if isinstance(value, Tensor) else float(value) for value in header]
         if known != self.header:
-            self.header, self.inventory.stale_lines = known, True
+            self.header, self.inventory.options.stale = known, True
         before = self._skipped_here(skipped)
+        self._send_moved()
         sent: dict[torch.device, list[Tensor]] = {}
         for device, memory in self.memory.items():
             with _current(device):
@@ -152,7 +155,7 @@ class Plan:
             # As any operation in place does: a backward pass through the old values must fail.
             torch.autograd.graph.increment_version(self.inventory.stepped)
         if not self.capturing():
-            self.inventory.stale_grads = self.inventory.stale_lines = False
+            self.inventory.stale_grads = self.inventory.options.stale = False
         self.inventory.copies.clear()
 
     def _reads(self, value: Number) -> bool:
@@ -167,10 +170,11 @@ class Plan:
         """Each bucket's gradients' addresses on the device; in a graph its own, only read there."""
         if not self.inventory.stale_grads and not is_capturing(device):
             return memory.views
+        begin = self.inventory.grads_begin
         addresses: list[int] = []
         for bucket in memory.buckets:
             addresses += [0] * (bucket.first_tensor - len(addresses))
-            addresses += map(self.inventory.grads.__getitem__, bucket.positions)
+            addresses += (self.inventory.addresses[begin + i] for i in bucket.positions)
         addresses += [0] * (memory.grads.numel() - len(addresses))
         if is_capturing(device):
             constants = self.launch.constants(addresses, device).to(torch.int64)
@@ -179,19 +183,31 @@ class Plan:
         self.launch.send(torch.frombuffer(array("q", addresses), dtype=torch.int64), memory.grads)
         return memory.views
 
+    def _send_moved(self) -> None:
+        """Tell the tables where parameters and states are now, if any has moved."""
+        if not self.inventory.stale_tables:
+            return
+        for device, memory in self.memory.items():
+            with _current(device):
+                for bucket in memory.buckets:
+                    addresses = array("q", addresses_at(self.inventory, bucket.slots))
+                    table = bucket.table.addresses
+                    self.launch.send(torch.frombuffer(addresses, dtype=torch.int64), table.view(-1))
+        self.inventory.stale_tables = False
+
     def _send_numbers(
         self, device: torch.device, memory: Memory, header: Sequence[Number]
     ) -> Tensor:
         """Header and lines on the device, where the numbers that live there join them."""
-        if not (self.inventory.stale_lines or self.remote or is_capturing(device)):
+        if not (self.inventory.options.stale or self.remote or is_capturing(device)):
             return memory.numbers
-        values = [*header, *chain.from_iterable(self.inventory.lines)]
+        values = [*header, *chain.from_iterable(self.inventory.options.lines)]
         remote = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
         numbers = memory.numbers
         floats = [0.0 if isinstance(value, Tensor) else value for value in values]
         if is_capturing(device):
             numbers = self.launch.constants(floats, device)
-        elif self.inventory.stale_lines:
+        elif self.inventory.options.stale:
             self.launch.send(torch.frombuffer(array("d", floats), dtype=torch.float64), numbers)
         self.remote = bool(remote)
         if remote:
@@ -223,7 +239,7 @@ class Plan:
             rule=kind.rule,
             states=len(kind.states),
             counts=kind.counts,
-            line=len(self.inventory.lines[0]),
+            line=len(self.inventory.options.lines[0]),
             **more,
         )
 

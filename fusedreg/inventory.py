@@ -1,64 +1,51 @@
 """What a plan of kernels was made for, and whether it still holds.
 
-Each step compares addresses, sizes and dtypes of parameters, gradients and states with those seen
-before, so that no address is used after its tensor is gone. This runs for every parameter in every
-step, so it maps C functions over lists and looks at single tensors only where those differ.
+Kernels get addresses. So everything that decides how memory is read is compared in every step:
+the dtype, shape, strides, device and class of each parameter, gradient and state, and its address.
+The first five are the facts of a tensor, and one call of torch's own guards compares them for all
+tensors. Only where that says no, each tensor is looked at:
+
+- a gradient with other strides is copied into the layout of its parameter;
+- any other change of facts is new structure, and the plan is made anew;
+- new addresses under the same facts are only sent to the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from itertools import chain
 from operator import attrgetter, is_, itemgetter, or_
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedreg.backend import same_layout
+from fusedreg.backend import is_plain, same_layout
 from fusedreg.dist import is_sharded_alike, local, spread_of
-from fusedreg.scalars import Number, on_host
+from fusedreg.lines import Groups, Lines, Rule
 
-Groups = Sequence[dict[str, Any]]
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it is no public part of torch; without it every tensor is looked at
+    TensorGuards = None  # type: ignore[assignment, misc]
+
 States = Mapping[Any, dict[str, Tensor]]
 
 # Bound once, because they run so often.
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
-_dtype_of = attrgetter("dtype")
-_numel_of = Tensor.numel
 _address_of = Tensor.data_ptr
-_is_contiguous = Tensor.is_contiguous
 
-ALIGNMENT = 16
-"""Bytes of the widest access of a GPU."""
 EMPTY = 16
 """Stands for the address of an empty gradient, because 0 stands for none."""
 
 
-class Rule(Protocol):
-    """The part of an optimizer that the engine needs; see FusedOptimizer, which documents it."""
-
-    defaults: dict[str, Any]
-    tensor_states: tuple[str, ...]
-    scalar_states: tuple[str, ...]
-    device_options: tuple[str, ...]
-    layerwise: bool
-
-    def device_rule(self, group: Mapping[str, Any]) -> Any:
-        """The rule, or its name in `fusedreg.kernels.rules`."""
-
-    def states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the tensor states that the rule moves."""
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise where an option is out of range."""
-
-
 class Inventory:
     """The parameters, states, options and gradients that kernels step with.
+
+    It does not keep the optimizer, which owns it: a cycle would keep both alive.
 
     Args:
         rule: the optimizer.
@@ -69,6 +56,9 @@ class Inventory:
         rest: the parameters that the reference steps.
         state: the optimizer's state, complete for the chosen ones.
         grad_dtypes: what is known of gradients that are not there now.
+
+    Raises:
+        RuntimeError: a tensor has no memory of its own.
     """
 
     def __init__(
@@ -81,36 +71,43 @@ class Inventory:
         state: States,
         grad_dtypes: Mapping[Tensor, torch.dtype],
     ) -> None:
-        self.rule, self.chosen, self.rest = rule, chosen, rest
+        self.chosen, self.rest = chosen, rest
+        self.tensor_states, self.scalar_states = rule.tensor_states, rule.scalar_states
+        self.layerwise = rule.layerwise
         self.stepped = list(chosen)
         self.launchers = [kernels[param] for param in chosen]
         self.launch: Any = self.launchers[0]  # tables and numbers are the same for all
         self.group_of = list(chosen.values())
         self.sharded = any(local(param) is not param for param in chosen)
+        self.options = Lines(rule, self.launch, groups)
         self._take_places(groups)
-        self.options_of = itemgetter(*rule.defaults)
-        self.options = [self.options_of(group) for group in groups]
-        self.changeable = [any(map(_may_change, options)) for options in self.options]
-        self.lines = [self._line(group) for group in groups]
-        self.structure = [self._structure(*pair) for pair in zip(groups, self.lines, strict=True)]
-        self._take_states(groups, state)
-
-        # From here on tensors stand for what of them is here.
-        self.params = list(map(local, chosen))
-        self.contiguous = list(map(_is_contiguous, self.params))
-        self.numels = list(map(_numel_of, self.params))
-        self.single = [i for i, numel in enumerate(self.numels) if numel == 1]
-        self.permuted = [i for i, contiguous in enumerate(self.contiguous) if not contiguous]
+        self._take_names(rule, groups, state)
         self.grad_dtypes = [
             grad_dtypes.get(param, param.dtype) if param.grad is None else param.grad.dtype
             for param in chosen
         ]
-        self.grads: list[int] = []
+        # From here on tensors stand for what of them is here.
+        self.params = list(map(local, chosen))
+        self.numels = [param.numel() for param in self.params]
+        self.empty = [i for i, numel in enumerate(self.numels) if numel == 0]
+        states = self._states_of(self.stepped, state)
+        self.grads_begin = len(self.params) + len(states)
+        self.fixed_facts = list(map(_facts, [*self.params, *states]))
+        self.addresses: list[int] = []
+        """Of parameters, then states, then gradients; 0 for a gradient that is not there."""
+        self.stale_grads = self.stale_tables = True
         self.copies: list[Tensor] = []
-        self.aligned: list[int] | None = []
-        self._take_grads(list(chosen))
-        self._take_alignment(self.states_here(state))
-        self.stale_grads = self.stale_lines = True
+        self._missing: list[int] = []
+        self._other_layout: list[int] = []
+        self._guards: Callable[..., bool] = _never
+        self._aligned_fixed: Callable[[list[int]], Any] | None = None
+        self._aligned_grads: Callable[[list[int]], Any] | None = None
+        if not self._take_tensors(self.stepped, state):
+            raise RuntimeError(
+                "a parameter, a gradient or a state has no memory: its storage was freed or resized, "
+                "or it is of a class that wraps another tensor. Give it memory, or pass fused=False"
+            )
+        self._take_alignment()
 
     # ---- seen once -----------------------------------------------------------------------------
 
@@ -125,16 +122,22 @@ class Inventory:
         self.idle = [place[param] for param in place if param not in known]
         self.spreads = dict.fromkeys(map(spread_of, self.flat))
 
-    def _take_states(self, groups: Groups, state: States) -> None:
-        """Names and addresses of the states of each chosen parameter."""
-        of_group = [(*self.rule.states(group), *self.rule.scalar_states) for group in groups]
+    def _take_names(self, rule: Rule, groups: Groups, state: States) -> None:
+        """Names of the states of each chosen parameter, and where they begin among addresses."""
+        of_group = [(*rule.states(group), *rule.scalar_states) for group in groups]
         self.names = [
             tuple(name for name in of_group[group] if name in state.get(param, ()))
             for param, group in self.chosen.items()
         ]
-        uniform = len(set(self.names)) == 1 and self.names[0]
-        self.states_of = itemgetter(*self.names[0]) if uniform else None
-        self.places_in_memory = self._places_in_memory(list(self.chosen), state)
+        self._same_names = len(set(self.names)) == 1
+        self._named = itemgetter(*self.names[0]) if self._same_names and self.names[0] else None
+        counts = list(map(len, self.names))
+        self._first_state = [len(counts) + sum(counts[:i]) for i in range(len(counts))]
+
+    def state_index(self, position: int, name: str) -> int:
+        """Where the address of a state is among `addresses`; -1 where a parameter has none."""
+        names = self.names[position]
+        return self._first_state[position] + names.index(name) if name in names else -1
 
     def states_here(self, state: States) -> list[dict[str, Tensor]]:
         """What is here of the states of each chosen parameter."""
@@ -143,196 +146,165 @@ class Inventory:
             for param, names in zip(self.chosen, self.names, strict=True)
         ]
 
-    def _take_alignment(self, states: list[dict[str, Tensor]]) -> None:
-        """Which parameters lie, with their gradients and moments, at multiples of 16 bytes."""
-        moments = self.rule.tensor_states
-        self.is_aligned = [
-            not any(
-                address % ALIGNMENT
-                for address in (
-                    param.data_ptr(),
-                    grad,
-                    *(value.data_ptr() for name, value in state.items() if name in moments),
-                )
-            )
-            for param, grad, state in zip(self.params, self.grads, states, strict=True)
+    def _take_alignment(self) -> None:
+        """Which parameters lie, with gradients and moments, where the widest access begins."""
+        fixed = [
+            [i, *(self.state_index(i, name) for name in names if name in self.tensor_states)]
+            for i, names in enumerate(self.names)
         ]
-        self.aligned = [i for i, aligned in enumerate(self.is_aligned) if aligned]
-        if all(self.is_aligned):
-            self.aligned = None  # all, which is checked faster
-
-    def _structure(self, group: dict[str, Any], line: list[Number]) -> tuple[Any, ...]:
-        """What of a group's options decides which state, rule and hooks its parameters need."""
-        names = self.rule.states(group)
-        rule = self.launch.rule_of(
-            self.rule.device_rule(group),
-            states=len(names),
-            counts=len(self.rule.scalar_states),
-            line=len(line),
-        )
-        hooks = self.launch.penalties([line])
-        return rule, names, group["l1_mode"] == "decoupled", group["fused"], hooks
-
-    def _line(self, group: dict[str, Any]) -> list[Number]:
-        """The numbers of a group in the device's order; a tensor where it must not be read."""
-        decay, l1, mode = group["weight_decay"], group["l1"], group["l1_mode"]
-        decoupled = group["decoupled_weight_decay"]
-        line = self.launch.line(
-            lr=group["lr"],
-            maximize=group["maximize"],
-            coupled=0.0 if decoupled else decay,
-            decoupled=decay if decoupled else 0.0,
-            subgradient=l1 if mode == "subgradient" else 0.0,
-            prox=l1 if mode == "prox" else 0.0,
-            shrink=l1 if mode == "decoupled" else 0.0,
-            decay_lr=group["decay_lr"] if group["lr_independent_decay"] else 1.0,
-            options=_elements(group[name] for name in self.rule.device_options),
-        )
-        return [value if is_remote(value) else float(value) for value in line]
+        width = self.launch.ALIGNMENT
+        self.is_aligned = [
+            not any(self.addresses[place] % width for place in (*places, self.grads_begin + i))
+            for i, places in enumerate(fixed)
+        ]
+        if width > 1 and any(self.is_aligned):
+            aligned = [i for i, is_aligned in enumerate(self.is_aligned) if is_aligned]
+            # The first twice, so that the getter returns a tuple for one tensor too.
+            of_fixed = [place for i in aligned for place in fixed[i]]
+            self._aligned_fixed = itemgetter(of_fixed[0], *of_fixed)
+            self._aligned_grads = itemgetter(
+                self.grads_begin + aligned[0], *(self.grads_begin + i for i in aligned)
+            )
 
     # ---- compared in every step ----------------------------------------------------------------
 
-    def refresh(self, groups: Groups, state: States) -> bool:
-        """Take over this step's options and gradients; False where the plan no longer holds.
+    def refresh(self, rule: Rule, groups: Groups, state: States) -> bool:
+        """Take over this step's options, addresses and gradients; False where a plan is outdated.
 
         Raises what checking a group raises, for one whose options changed. Changes no tensor.
         """
-        if len(groups) != len(self.options) or not self._take_options(groups):
+        if not self.options.refresh(rule, groups):
             return False
         if [len(group["params"]) for group in groups] != self.sizes:
             return False
         flat = list(chain.from_iterable(map(_params_of, groups)))
         if not all(map(is_, flat, self.flat)):
             return False
-        if any(flat[place].grad is not None for place in self.idle):
+        if self.idle and any(flat[place].grad is not None for place in self.idle):
             return False
         params = flat if self.whole else [flat[place] for place in self.places]
         try:
-            here = self._places_in_memory(params, state)
-            return here == self.places_in_memory and self._take_grads(params)
-        except (KeyError, RuntimeError):  # a state has gone; a gradient is sparse
-            return False
+            return self._take_tensors(params, state)
+        except (AttributeError, KeyError, RuntimeError, TypeError):
+            return False  # a state has gone or is no tensor; a gradient is sparse
 
-    def _take_options(self, groups: Groups) -> bool:
-        for index, group in enumerate(groups):
-            options = self.options_of(group)
-            if all(map(is_, options, self.options[index])) and not self.changeable[index]:
-                continue
-            self.rule._check_group(group)
-            line = self._line(group)
-            if self._structure(group, line) != self.structure[index]:
-                return False
-            self.options[index], self.lines[index], self.stale_lines = options, line, True
-            self.changeable[index] = any(map(_may_change, options))
-        return True
-
-    def _places_in_memory(self, params: list[Tensor], state: States) -> list[Any]:
-        """Where parameters and states are and how they are to be read, in a fixed order."""
-        states: Iterable[Any]
+    def _states_of(self, params: list[Tensor], state: States) -> list[Any]:
+        """The states of all parameters in the order of their names."""
+        states: list[Any]
+        if self._same_names and not self.names[0]:
+            return []
         own = len(state) == len(params) and all(map(is_, state, self.chosen))
-        if self.states_of is not None and own:
-            states = map(self.states_of, state.values())
-            if len(self.names[0]) > 1:
-                states = chain.from_iterable(states)
+        if self._named is not None and own:
+            found = map(self._named, state.values())
+            states = list(chain.from_iterable(found) if len(self.names[0]) > 1 else found)
         else:
             named = zip(params, self.names, strict=True)
             # get, because a defaultdict would make an entry
-            states = (state.get(param, {})[name] for param, names in named for name in names)
-        states = list(states)
-        if self.sharded:
-            params, states = list(map(local, params)), list(map(local, states))
-        # A plan takes states of one dtype for each parameter, so the first tells it for all that
-        # were converted together; an own list for each property compares faster than one for all.
-        firsts = states[:: len(self.names[0])] if self.states_of is not None else states
-        return [
-            list(map(_address_of, params)),
-            list(map(_numel_of, params)),
-            list(map(_is_contiguous, params)),
-            list(map(_address_of, states)),
-            list(map(_dtype_of, firsts)),
-        ]
+            states = [state.get(param, {})[name] for param, names in named for name in names]
+        return list(map(local, states)) if self.sharded else states
 
-    def _take_grads(self, params: list[Tensor]) -> bool:
-        """Take over where the gradients are; False where one belongs into another bucket."""
+    def _take_tensors(self, params: list[Tensor], state: States) -> bool:
+        """Take over where tensors are; False where one is to be read in another way."""
+        states = self._states_of(params, state)
         grads = list(map(_grad_of, params))
         if self.sharded:
             pairs = zip(params, grads, strict=True)
             if not all(grad is None or is_sharded_alike(param, grad) for param, grad in pairs):
                 return False
-            params = self.params
+            params = list(map(local, params))
             grads = [None if grad is None else local(grad) for grad in grads]
-        missing: list[int] = []
-        try:
-            dtypes = list(map(_dtype_of, grads))
-        except AttributeError:
-            missing = [i for i, grad in enumerate(grads) if grad is None]
-            for i in missing:  # the parameter stands in until its address is replaced by 0
-                grads[i] = params[i]
-            dtypes = list(map(_dtype_of, grads))
-            for i in missing:
-                dtypes[i] = self.grad_dtypes[i]
-        if dtypes != self.grad_dtypes or list(map(_numel_of, grads)) != self.numels:
+        known = True
+        for i in self._missing:
+            known = known and grads[i] is None
+            if known:
+                grads[i] = params[i]  # stands in until its address is replaced by 0
+        if not (known and self._guards(*params, *states, *grads)) and not self._look_at_each(
+            params, states, grads
+        ):
             return False
-        # Autograd leaves a number that met a conjugate lazily negated, and its memory is not.
-        if any(grads[i].is_neg() for i in self.single):
-            return False
-        self._match_layouts(params, grads)
-        addresses = _addresses_of(grads)
-        for i in missing:
-            addresses[i] = 0
-        if addresses == self.grads:
-            return True
-        if self.aligned is None:
-            misaligned = reduce(or_, addresses) % ALIGNMENT
-        else:
-            misaligned = any(addresses[i] % ALIGNMENT for i in self.aligned)
-        if not misaligned:
-            self.grads, self.stale_grads = addresses, True
-        return not misaligned
-
-    def _match_layouts(self, params: list[Tensor], grads: list[Tensor]) -> None:
-        """Replace each gradient whose elements lie in another order than its parameter's."""
         self.copies.clear()
-        contiguous = list(map(_is_contiguous, grads))
-        if contiguous == self.contiguous and not self.permuted:
-            return
+        for i in self._other_layout:
+            grads[i] = torch.empty_like(params[i], dtype=grads[i].dtype).copy_(grads[i])
+            self.copies.append(grads[i])  # until the step has been launched
+        return self._take_addresses(list(map(_address_of, chain(params, states, grads))))
+
+    def _look_at_each(
+        self, params: list[Tensor], states: list[Tensor], grads: list[Tensor | None]
+    ) -> bool:
+        """Compare facts one by one, and take over which gradients are there and how they lie."""
+        if list(map(_facts, [*params, *states])) != self.fixed_facts:
+            return False
+        missing, other_layout = [], []
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            if not (contiguous[i] and self.contiguous[i]) and not same_layout(param, grad):
-                grads[i] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-                self.copies.append(grads[i])  # until the step has been launched
+            if grad is None or (grad is param and i in self._missing):
+                missing.append(i)
+                grads[i] = param
+            elif not (
+                grad.dtype == self.grad_dtypes[i]
+                and grad.device == param.device
+                and grad.shape == param.shape
+                and is_plain(grad)
+            ):
+                return False
+            elif not same_layout(param, grad):
+                other_layout.append(i)
+        self._missing, self._other_layout = missing, other_layout
+        self._guards = _guards_of([*params, *states, *grads])
+        return True
+
+    def _take_addresses(self, addresses: list[int]) -> bool:
+        """Take over addresses; False where they ask for another access."""
+        begin = self.grads_begin
+        for i in self.empty:
+            addresses[begin + i] = EMPTY
+        for i in self._missing:
+            addresses[begin + i] = 0
+        if addresses == self.addresses:
+            return True
+        if not all(addresses) and not self._all_have_memory(addresses):
+            return False
+        moved = addresses[:begin] != self.addresses[:begin]
+        if self._aligned_fixed is not None and self._aligned_grads is not None:
+            combined = reduce(or_, self._aligned_grads(addresses))
+            if moved:
+                combined = reduce(or_, self._aligned_fixed(addresses), combined)
+            if combined % self.launch.ALIGNMENT:
+                return False
+        self.stale_grads = True
+        self.stale_tables = self.stale_tables or moved
+        self.addresses = addresses
+        return True
+
+    def _all_have_memory(self, addresses: list[int]) -> bool:
+        """Whether 0 stands only for what is empty or missing, and for no storage that was freed."""
+        absent = {self.grads_begin + i for i in self._missing}
+        for i in self.empty:
+            absent.add(i)
+            absent.update(range(self._first_state[i], self._first_state[i] + len(self.names[i])))
+        return all(address or place in absent for place, address in enumerate(addresses))
 
     @property
     def has_grads(self) -> bool:
         """Whether any of the chosen parameters has a gradient in this step."""
-        return any(self.grads)
+        return any(self.addresses[self.grads_begin :])
 
 
-def _addresses_of(grads: list[Tensor]) -> list[int]:
-    """Where gradients are, and not 0 for an empty one, because 0 stands for none."""
-    addresses = list(map(_address_of, grads))
-    if all(addresses):
-        return addresses
-    for i, grad in enumerate(grads):
-        if not addresses[i]:
-            if grad.numel():
-                raise RuntimeError("a gradient has no memory of its own")  # of a subclass
-            addresses[i] = EMPTY
-    return addresses
+def _facts(tensor: Any) -> tuple[Any, ...]:
+    """What besides its address decides how the memory of a tensor is read."""
+    return (
+        type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_neg(),
+    )  # fmt: skip
 
 
-def is_remote(value: object) -> bool:
-    """Whether reading `value` would wait for a device."""
-    return isinstance(value, Tensor) and not on_host(value)
+def _never(*tensors: Any) -> bool:
+    """Guards that know nothing."""
+    return False
 
 
-def _may_change(option: object) -> bool:
-    """Whether an option may change without being replaced: a list, or a tensor of the host."""
-    if isinstance(option, (tuple, list)):
-        return isinstance(option, list) or any(map(_may_change, option))
-    return isinstance(option, Tensor) and on_host(option)
-
-
-def _elements(values: Iterable[Any]) -> Iterator[Any]:
-    """Numbers one by one, also those of a pair."""
-    for value in values:
-        yield from value if isinstance(value, (tuple, list)) else (value,)
+def _guards_of(tensors: list[Any]) -> Callable[..., bool]:
+    """A function that says whether other tensors have the facts of these; False may be wrong."""
+    if TensorGuards is None:
+        return _never
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # type: ignore[call-arg]  # its stub omits the tensors
+    check: Callable[..., bool] = guards.check
+    return check

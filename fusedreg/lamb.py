@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.adam import Adam, Betas
+from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import named
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class LAMB(Adam):
@@ -95,6 +92,7 @@ class LAMB(Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = True,
         lr_independent_decay: bool = False,
+        decay_lr: float | Tensor | None = None,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,

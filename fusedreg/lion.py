@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_betas
+from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from fusedreg.scalars import pair
 
 
 class Lion(FusedOptimizer):
@@ -97,6 +96,7 @@ class Lion(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = True,
         lr_independent_decay: bool = False,
+        decay_lr: float | Tensor | None = None,
         l1: float = 0.0,
         l1_mode: str = "decoupled",
         max_grad_norm: float | None = None,
@@ -104,6 +104,7 @@ class Lion(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        betas = pair(betas)  # type: ignore[assignment]  # of any sequence
         super().__init__(params, named(locals()))
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:

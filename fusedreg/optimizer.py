@@ -5,34 +5,41 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
+from functools import partial, wraps
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.autograd import profiler
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    StateDict,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from fusedreg import backend, checkpoint, dist, reference
 from fusedreg.checks import (
     L1_MODES,
+    check_count,
     check_flags,
     check_grad,
+    check_keys,
     check_lr_independent_decay,
+    check_moment,
     check_number,
     check_param,
     check_state_dtype,
 )
-from fusedreg.dist import Group, Spread, local
+from fusedreg.dist import Group, ProcessGroup, Spread, local
 from fusedreg.engine import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.inventory import Inventory
 from fusedreg.norms import clip_factor, norms_by_spread
 from fusedreg.reference import Settings, State
-from fusedreg.scalars import Flag, Number, number
-
-if TYPE_CHECKING:  # a build of torch may lack it
-    from torch.distributed import ProcessGroup
+from fusedreg.scalars import Flag, Number, is_traced, is_zero, number, on_host, pair, settled
 
 Work = list[tuple[dict[str, Any], list[Tensor]]]
 """Groups, each with those of its parameters that are stepped."""
@@ -52,12 +59,15 @@ class Own:
     grad_norm: Tensor | None = None
     skipped_steps: Tensor | None = None
     launches: int = 0
+    warned: set[str] = field(default_factory=set)
+    """Keys of groups that look like a misspelt option and were named once."""
 
 
 OPTIONS: dict[str, Any] = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": False,
     "lr_independent_decay": False,
+    "decay_lr": None,
     "l1": 0.0,
     "l1_mode": "prox",
     "maximize": False,
@@ -70,8 +80,35 @@ OPTIONS: dict[str, Any] = {
 OWN_OPTIONS = {"max_grad_norm": None, "skip_nonfinite": False, "process_group": None}
 """Those that belong to the optimizer, each a property of it."""
 
+PLAIN = frozenset((float, int, bool, str, tuple, list, type(None), torch.dtype))
+"""Types of options that stay as they are."""
+
 LIGHTNING = ("lightning_fabric.plugins.precision.amp", "lightning.fabric.plugins.precision.amp")
 """Where Lightning, under either name, asks whether an optimizer unscales gradients by itself."""
+
+
+def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` with hooks and a profiler's record, as torch has it, entered only where there is one.
+
+    torch's wrapper takes 5 us, as long as the rest of a small step.
+    """
+    whole = Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        watched = (
+            profiler._is_profiler_enabled
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
+        # A subclass with a step of its own, which torch wraps, has had its hooks called.
+        own = getattr(type(self).step, "__wrapped__", None) is wrapper
+        return (whole if watched and own else step)(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it again
+    return wrapper
 
 
 class FusedOptimizer(Optimizer):
@@ -104,6 +141,8 @@ class FusedOptimizer(Optimizer):
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
     fixed_options: Mapping[str, Any] = MappingProxyType({})
     """Options that every group has, whatever a checkpoint of another class says."""
+    own_options = frozenset(OWN_OPTIONS)
+    """Options that belong to the optimizer, so that no group may have them."""
     layerwise: bool = False
     """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
 
@@ -122,6 +161,7 @@ class FusedOptimizer(Optimizer):
         "_optimizer_load_state_dict_post_hooks",
     )
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # private, but what torch.optim itself uses
     def __init__(
         self,
         params: ParamsT,
@@ -136,13 +176,13 @@ class FusedOptimizer(Optimizer):
         for name in ("lr", *self.device_options):
             if name not in defaults:
                 raise TypeError(f"{who} has no option {name!r} among its defaults")
-        defaults["decay_lr"] = _copied(defaults["lr"])
         self._own = Own()
         for name, value in own.items():
             setattr(self, name, value)
         self._splitter = dist.constructing_splitter()
-        self._check_group(defaults, read_device=True)
-        super().__init__(params, defaults)
+        self.defaults = {name: settled(value) for name, value in defaults.items()}
+        self._check_group({**self.defaults}, read_device=True)
+        super().__init__(params, self.defaults)
         self._check_norm_is_global()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -177,10 +217,7 @@ class FusedOptimizer(Optimizer):
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create what `state` lacks for the next step of `param`: zeros for `states` and `step`."""
         if "step" in self.scalar_states and "step" not in state:
-            # float32 is torch's; on the parameter's device nobody has to wait for it.
-            wide = torch.get_default_dtype() == torch.float64 and param.device.type == "cpu"
-            count = torch.float64 if wide else torch.float32
-            state["step"] = torch.zeros((), dtype=count, device=param.device)
+            state["step"] = torch.zeros((), dtype=_count_dtype(param), device=param.device)
         dtype = group["state_dtype"]
         if dtype is not None and param.is_complex():
             dtype = dtype.to_complex()
@@ -226,6 +263,11 @@ class FusedOptimizer(Optimizer):
         if value is not None:
             check_number("max_grad_norm", value)
             value = float(value)
+            if value == 0:
+                raise ValueError(
+                    "Invalid max_grad_norm value: 0.0 (a norm of 0 would leave all parameters where "
+                    "they are: None turns clipping off)"
+                )
         self._own.max_grad_norm = value
 
     @property
@@ -318,9 +360,7 @@ class FusedOptimizer(Optimizer):
 
         Read from the groups, so that a copy or an unpickled optimizer has it too.
         """
-        # Lightning clips no gradients where it sees this, though GradScaler lets such an optimizer
-        # step with gradients that were unscaled before. So it unscales and clips, and this skips.
-        if sys._getframe(1).f_globals.get("__name__") in LIGHTNING:
+        if not any(group["fused"] for group in self.param_groups):
             return False
         # What overflowed here is not all that did. Only a scaler that unscales sums it over ranks,
         # and of the two only ShardedGradScaler does.
@@ -328,7 +368,9 @@ class FusedOptimizer(Optimizer):
             return False
         if dist.FLATTENED in map(dist.spread_of, self._params()):
             return False
-        return any(group["fused"] for group in self.param_groups)
+        # Lightning clips no gradients where it sees this, though GradScaler lets such an optimizer
+        # step with gradients that were unscaled before. So it unscales and clips, and this skips.
+        return sys._getframe(1).f_globals.get("__name__") not in LIGHTNING
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -338,7 +380,7 @@ class FusedOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # private, but what torch.optim itself uses
-    @torch.no_grad()
+    @_with_hooks
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform a single optimization step.
 
@@ -351,26 +393,46 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError, TypeError: a hyper-parameter in a group is out of range.
             RuntimeError: a gradient is sparse, integer, on another device, or of another shape; a
-                gradient norm is asked for inside a backward pass, or where each rank has a part of
-                the parameters and there is no `process_group`; another rank has died.
+                state does not fit its parameter; a gradient norm is asked for inside a backward
+                pass, or where each rank has a part of the parameters and there is no
+                `process_group`; another rank has died.
 
-        All are raised before anything changes. No `.grad` is ever written.
+        All are raised before anything changes. No `.grad` is ever written. Whatever interrupts a
+        step, each parameter and its state are those of before it or of after it.
         """
         self._opt_called = True
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
+        grad_mode = torch.is_grad_enabled()
+        # No context manager: an interrupt between its two halves would leave the mode changed.
+        try:
+            if closure is not None:
+                torch._C._set_grad_enabled(True)
                 loss = closure()
+            torch._C._set_grad_enabled(False)
+            self._step()
+        except BaseException:
+            self._plan = None  # it may not say any more what its tables hold
+            raise
+        finally:
+            torch._C._set_grad_enabled(grad_mode)
+        return loss
+
+    # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
+    # name tells them that `step` reports by itself, through `_opt_called`.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a mark on a function
+
+    def _step(self) -> None:
+        """Step, without autograd."""
         fresh = not self.state
         plan, rest = self._gather()
         self._own.grad_norm = None
         self._own.launches = 0
-        if fresh and dist.checkpoint_creates_state():  # which must not count as a step
-            return loss
+        if fresh and self.state and self._creates_state_for_checkpoint():
+            return
         needs_norm = self._needs_norm()
         has_parts = self.layerwise and any(map(dist.has_parts, self._spreads()))
         if plan is None and not rest and not (needs_norm or has_parts):
-            return loss
+            return
         device = None if plan is None or rest else plan.device
         over_ranks = has_parts or (needs_norm and self._own.process_group is not None)
         if plan is not None and device is not None and not over_ranks:
@@ -387,19 +449,30 @@ class FusedOptimizer(Optimizer):
                 self._update(group, params, scale, skip, squares)
         if plan is not None:
             self._own.launches = plan.launches
-        return loss
 
-    # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
-    # name tells them that `step` reports by itself, through `_opt_called`.
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a mark on a function
+    def _creates_state_for_checkpoint(self) -> bool:
+        """Whether this step is one of torch.distributed.checkpoint, which must not count.
+
+        Callers are looked at only where lr is 0 in all groups, as there.
+        """
+        rates = [group["lr"] for group in self.param_groups]
+        if not all(is_zero(lr.item() if isinstance(lr, Tensor) and on_host(lr) else lr) for lr in rates):
+            return False
+        return dist.checkpoint_creates_state()
 
     def _gather(self) -> tuple[Plan | None, Work]:
         """The plan of what kernels step, and the rest; all checked, their state created.
 
         Where it raises, nothing has changed but that state may have been created, of zeros.
         """
+        if is_traced():  # kernels would go past it: it sees operations, not memory
+            self._check_norm_is_global()
+            self._check_tensors_are_whole()
+            work = self._collect()
+            self._init_states(work)
+            return None, work
         plan = old = self._plan
-        if old is None or not old.inventory.refresh(self.param_groups, self.state):
+        if old is None or not self._still_holds(old):
             plan = self._plan = None  # so that nothing of the old one is believed
         self._check_norm_is_global()
         self._check_tensors_are_whole()
@@ -413,6 +486,14 @@ class FusedOptimizer(Optimizer):
             rest = self._collect(without=inventory.chosen) if inventory.rest else []
             self._init_states(rest)
         return (plan if plan is not None and plan.inventory.has_grads else None), rest
+
+    def _still_holds(self, plan: Plan) -> bool:
+        """Whether this step can be done with the tables of an earlier one."""
+        if not plan.inventory.refresh(self, self.param_groups, self.state):
+            return False
+        # A graph goes on with the addresses that it was captured with.
+        moved = plan.inventory.stale_tables
+        return not (moved and (plan in self._captured or plan.capturing()))
 
     def _make_plan(self, old: Plan | None) -> Work:
         """Plan for the parameters that kernels step, return the rest; create the state of both."""
@@ -488,6 +569,9 @@ class FusedOptimizer(Optimizer):
 
     def _init_states(self, work: Work) -> None:
         for group, params in work:
+            for param in params:
+                if param in self.state:
+                    self._tidy_state(group, param)
             for device, settings in self._settings(group, params).items():
                 for param in params:
                     if param.device == device:
@@ -498,6 +582,22 @@ class FusedOptimizer(Optimizer):
                             self._shard_alike(param, state)
                         if state:
                             self.state[param] = state
+
+    def _tidy_state(self, group: dict[str, Any], param: Tensor) -> None:
+        """Take what a user wrote into the state of a parameter: None forgets, a number counts."""
+        state = self.state[param]
+        for name in self.tensor_states:
+            if name in state:
+                check_moment(group, param, name, state[name])
+        for name in self.scalar_states:
+            if name in state:
+                check_count(group, param, name, state[name])
+        for name in (*self.tensor_states, *self.scalar_states):
+            value = state.get(name)
+            if value is None:
+                state.pop(name, None)
+            elif name in self.scalar_states and not isinstance(value, Tensor):
+                state[name] = torch.full((), value, dtype=_count_dtype(param), device=param.device)
 
     def _check_counts(self, state: dict[str, Tensor]) -> None:
         """Raise where a count is missing, which kernels would take for 1."""
@@ -658,6 +758,14 @@ class FusedOptimizer(Optimizer):
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any], read_device: bool = False) -> None:
+        """Raise where an option is out of range; make plain what is a number or a pair."""
+        check_keys(group, self.defaults, self.own_options, self._own.warned)
+        for name, default in self.defaults.items():
+            if type(group[name]) not in PLAIN:  # an array, say, which a schedule made
+                of = pair if isinstance(default, tuple) else settled
+                group[name] = of(group[name])
+        if group["decay_lr"] is None:
+            group["decay_lr"] = _copy_of(group["lr"])
         check_flags(group)
         check_number("lr", group["lr"], read_device=read_device)
         check_number("weight_decay", group["weight_decay"], read_device=read_device)
@@ -670,12 +778,17 @@ class FusedOptimizer(Optimizer):
         check_lr_independent_decay(group, read_device)
         self.check_group(group, read_device)
 
+    def _make_pairs(self, group: dict[str, Any]) -> None:
+        """Make tuples of pairs: a list would have to be read in every step, as it may change."""
+        for name, default in self.defaults.items():
+            if isinstance(default, tuple) and name in group:
+                group[name] = pair(group[name])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; options it lacks take the constructor's values."""
-        if "lr" in param_group:
-            param_group.setdefault("decay_lr", _copied(param_group["lr"]))
         super().add_param_group(param_group)
         try:
+            self._make_pairs(param_group)
             self._check_group(param_group, read_device=True)
             for index in range(len(param_group["params"])):
                 check_param(self.param_groups, len(self.param_groups) - 1, index)
@@ -708,6 +821,7 @@ class FusedOptimizer(Optimizer):
         checkpoint.check_states(state_dict, type(self), list(_classes(FusedOptimizer)))
         for group in groups:
             group.update(self.fixed_options)
+            self._make_pairs(group)
             self._check_group(group, read_device=True)
         state = checkpoint.restore_state(groups, state_dict, type(self))
         self.__setstate__({"state": state, "param_groups": groups})
@@ -728,12 +842,13 @@ class FusedOptimizer(Optimizer):
             self._own = Own(**{name: state[key] for name, key in old.items() if key in state})
         self._plan = None
         # Of an older version, which lacked some.
-        self.defaults = {**OPTIONS, "decay_lr": self.defaults["lr"], **self.defaults}
+        self.defaults = {**OPTIONS, **self.defaults}
         for group in self.param_groups:
             group.update(self.fixed_options)
-            group.setdefault("decay_lr", _copied(group.get("lr", self.defaults["lr"])))
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+            if group["decay_lr"] is None:
+                group["decay_lr"] = _copy_of(group["lr"])
 
 
 def named(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -745,7 +860,13 @@ def named(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _copied(lr: Any) -> Any:
+def _count_dtype(param: Tensor) -> torch.dtype:
+    """Dtype of a step count. float32 is torch's; on the parameter's device nobody waits for it."""
+    wide = torch.get_default_dtype() == torch.float64 and param.device.type == "cpu"
+    return torch.float64 if wide else torch.float32
+
+
+def _copy_of(lr: Any) -> Any:
     """A learning rate as it is now, whatever is written into it later."""
     return lr.detach().clone() if isinstance(lr, Tensor) else lr
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
+from fusedreg.dist import ProcessGroup
 from fusedreg.momentum import check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Number, is_zero
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class RMSprop(FusedOptimizer):
@@ -116,6 +114,7 @@ class RMSprop(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         lr_independent_decay: bool = False,
+        decay_lr: float | Tensor | None = None,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
@@ -140,6 +139,8 @@ class RMSprop(FusedOptimizer):
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create what is missing, and the momentum mass where a threshold needs it."""
         buffer, momentum = state.get("momentum_buffer"), group["momentum"]
+        if buffer is None:
+            state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
         super().init_state(group, param, state)
         if is_thresholded(group) and not is_zero(momentum) and "momentum_mass" not in state:
             state["momentum_mass"] = initial_mass(param, buffer, momentum)

@@ -7,6 +7,7 @@ the same arithmetic, so each formula is written once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -23,8 +24,23 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def on_host(value: Tensor) -> bool:
-    """Whether `value` can be read without waiting for an accelerator."""
-    return value.device.type == "cpu"
+    """Whether `value` can be read without waiting for an accelerator.
+
+    A fake tensor has no value, and what a dispatch mode records must not hold one.
+    """
+    return (
+        value.device.type == "cpu"
+        and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not is_traced()
+    )
+
+
+def is_traced() -> bool:
+    """Whether a dispatch mode sees operations, as FakeTensorMode, make_fx and counters of FLOPs do.
+
+    It sees no memory, so kernels would go past it.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def number(value: Any, device: torch.device) -> Any:
@@ -43,6 +59,22 @@ def number(value: Any, device: torch.device) -> Any:
     if value.is_floating_point():
         return value.detach().reshape(()).to(device, wide_dtype(device))
     return value.detach().reshape(()).to(device)
+
+
+def settled(value: Any) -> Any:
+    """A number of a 0-dim array as a float; anything else as it is."""
+    is_array = not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0
+    return float(value) if is_array and hasattr(value, "__float__") else value
+
+
+def pair(values: Any) -> tuple[Any, ...]:
+    """Numbers of any sequence, array or tensor as a tuple: floats, or tensors as they are."""
+    if isinstance(values, Tensor) and values.dim():
+        values = values.tolist() if on_host(values) else values.unbind()
+    if not isinstance(values, Iterable) or isinstance(values, Tensor):
+        raise TypeError(f"Invalid betas: {values} (expected two numbers)")
+    numbers = map(settled, values)
+    return tuple(float(value) if isinstance(value, Real) else value for value in numbers)
 
 
 def is_zero(value: Number) -> bool:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
+from fusedreg.dist import ProcessGroup
 from fusedreg.momentum import check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Flag, Number, is_zero
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class SGD(FusedOptimizer):
@@ -122,6 +120,7 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         lr_independent_decay: bool = False,
+        decay_lr: float | Tensor | None = None,
         l1: float = 0.0,
         l1_mode: str = "prox",
         max_grad_norm: float | None = None,
@@ -151,6 +150,8 @@ class SGD(FusedOptimizer):
         """Create the buffer, and the momentum mass where it is needed."""
         momentum, dampening = group["momentum"], group["dampening"]
         buffer = state.get("momentum_buffer")
+        if buffer is None:
+            state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
         super().init_state(group, param, state)
         if is_zero(momentum) or "momentum_mass" in state:
             return

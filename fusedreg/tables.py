@@ -52,6 +52,8 @@ class Bucket:
     """Of a layerwise rule: sums of squares of each chunk, of the parameter and of its update."""
     squares: Tensor | None
     """The same of each tensor."""
+    slots: list[int]
+    """Where each entry of its table's addresses is among those of the inventory."""
 
     def grads_in(self, grads: Tensor) -> Tensor:
         """The addresses of its gradients among those of the device."""
@@ -79,20 +81,20 @@ def layout(inventory: Inventory, states: States) -> dict[torch.device, Memory]:
     for position, param in enumerate(inventory.chosen):
         kind = _kind(inventory, position, states[position], spread_of(param))
         kinds.setdefault(kind.device, {}).setdefault(kind, []).append(position)
-    return {device: _memory(inventory, device, of, states) for device, of in kinds.items()}
+    return {device: _memory(inventory, device, of) for device, of in kinds.items()}
 
 
 def _kind(
     inventory: Inventory, position: int, state: Mapping[str, Tensor], spread: Spread | None
 ) -> Kind:
     param = inventory.params[position]
-    rule, names, shrink, *_ = inventory.structure[inventory.group_of[position]]
-    counts = [state.get(name) for name in inventory.rule.scalar_states]
+    rule, names, shrink, *_ = inventory.options.structure[inventory.group_of[position]]
+    counts = [state.get(name) for name in inventory.scalar_states]
     return Kind(
         launch=inventory.launchers[position],
         device=param.device,
         rule=rule,
-        layerwise=inventory.rule.layerwise,
+        layerwise=inventory.layerwise,
         states=names,
         shrink=shrink,
         param=param.dtype,
@@ -105,10 +107,7 @@ def _kind(
 
 
 def _memory(
-    inventory: Inventory,
-    device: torch.device,
-    kinds: Mapping[Kind, list[int]],
-    states: States,
+    inventory: Inventory, device: torch.device, kinds: Mapping[Kind, list[int]]
 ) -> Memory:
     launch = inventory.launch
     buckets: list[Bucket] = []
@@ -116,21 +115,23 @@ def _memory(
     for kind, positions in kinds.items():
         groups = [inventory.group_of[position] for position in positions]
         numels = [inventory.numels[position] for position in positions]
-        slots = _slots(inventory, kind, positions, states)
-        table = kind.launch.build(slots, numels, groups, device)
+        slots = _slots(inventory, kind, positions)
+        addresses = addresses_at(inventory, slots)
+        by_slot = [addresses[i : i + len(groups)] for i in range(0, len(slots), len(groups))]
+        table = kind.launch.build(by_slot, numels, groups, device)
         rows = torch.empty(len(positions), launch.ROW, dtype=torch.float64, device=device)
-        hooks = launch.penalties([inventory.lines[group] for group in set(groups)])
+        hooks = launch.penalties([inventory.options.lines[group] for group in set(groups)])
         partials, squares = (
             torch.zeros(count, 2, dtype=torch.float64, device=device) if kind.layerwise else None
             for count in (table.chunks, len(positions))
         )
         buckets.append(
-            Bucket(kind, positions, hooks, table, rows, chunks, tensors, partials, squares)
+            Bucket(kind, positions, hooks, table, rows, chunks, tensors, partials, squares, slots)
         )
         chunks += table.chunks
         # An even number, because triton compiles for the alignment of where the next one begins.
         tensors += len(positions) + len(positions) % 2
-    size = launch.HEADER + sum(map(len, inventory.lines))
+    size = launch.HEADER + sum(map(len, inventory.options.lines))
     return Memory(
         buckets,
         grads=torch.empty(tensors, dtype=torch.int64, device=device),
@@ -139,15 +140,13 @@ def _memory(
     )
 
 
-def _slots(
-    inventory: Inventory, kind: Kind, positions: list[int], states: States
-) -> list[list[int]]:
-    """Addresses of parameters, moments and counts; 0 for a count that a parameter has not."""
-    names = (*kind.states, *inventory.rule.scalar_states)
-    return [
-        [inventory.params[position].data_ptr() for position in positions],
-        *(
-            [states[p][name].data_ptr() if name in states[p] else 0 for p in positions]
-            for name in names
-        ),
-    ]
+def _slots(inventory: Inventory, kind: Kind, positions: list[int]) -> list[int]:
+    """Places of parameters, moments and counts; -1 for a count that a parameter has not."""
+    names = (*kind.states, *inventory.scalar_states)
+    states = (inventory.state_index(position, name) for name in names for position in positions)
+    return [*positions, *states]
+
+
+def addresses_at(inventory: Inventory, slots: list[int]) -> list[int]:
+    """The addresses that a table has, slot by slot."""
+    return list(map([*inventory.addresses, 0].__getitem__, slots))  # -1 is the last, 0

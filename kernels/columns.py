@@ -64,6 +64,11 @@ def line(
     return [lr, sign, coupled, decoupled, subgradient, prox, shrink, decay_lr, *options]
 
 
+def with_lr(line: list[Any], lr: float) -> list[Any]:
+    """The same with another learning rate."""
+    return [*line[: LR.value], lr, *line[LR.value + 1 :]]
+
+
 def penalties(lines: Iterable[Sequence[Any]]) -> dict[str, bool]:
     """Which hooks of the step kernel any of these groups needs; a tensor counts as not 0."""
     hooks = {

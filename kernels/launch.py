@@ -18,7 +18,7 @@ from fusedreg.kernels import penalty
 from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
 from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
 from fusedreg.kernels.columns import ROW as ROW_WIDTH
-from fusedreg.kernels.columns import header, line, penalties
+from fusedreg.kernels.columns import header, line, penalties, with_lr
 from fusedreg.kernels.engine import fold_kernel, squares_kernel, step_kernel
 from fusedreg.kernels.norms import norm_kernel
 from fusedreg.kernels.rows import rows_kernel
@@ -26,11 +26,13 @@ from fusedreg.kernels.rules import Rule, known, trust_ratio
 from fusedreg.kernels.table import CHUNK, Table, Walk, build, constants, send
 
 __all__ = [
-    "DTYPES", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "norms",
-    "penalties", "rows", "rule_of", "run", "send", "squares", "step",
+    "ALIGNMENT", "DTYPES", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line",
+    "norms", "penalties", "rows", "rule_of", "run", "send", "squares", "step", "with_lr",
 ]  # fmt: skip
 
 NAME = "triton"
+ALIGNMENT = 16
+"""Bytes of the widest access of a GPU."""
 HEADER: int = HEADER_WIDTH.value
 ROW: int = ROW_WIDTH.value
 

@@ -31,7 +31,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """
     if request.param != "device":
         return request.param
-    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.inventory):
+    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.lines, fusedreg.optimizer):
         monkeypatch.setattr(module, "on_host", lambda value: False)
     return "reference"
 

@@ -23,6 +23,7 @@ LAYERS = [
     "checkpoint",
     "reference",
     "backend",
+    "lines",
     "inventory",
     "tables",
     "engine",

@@ -17,7 +17,7 @@ from fusedreg.kernels import table as tables
 from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
 from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
 from fusedreg.kernels.columns import ROW as ROW_WIDTH
-from fusedreg.kernels.columns import header, line, penalties
+from fusedreg.kernels.columns import header, line, penalties, with_lr
 from fusedreg.kernels.host.engine import (
     CHUNK,
     Kind,
@@ -32,11 +32,13 @@ from fusedreg.kernels.rules import Rule, known, trust_ratio
 from fusedreg.kernels.table import Table, Walk, constants, send
 
 __all__ = [
-    "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "norms", "penalties",
-    "rows", "rule_of", "send", "squares", "step",
+    "ALIGNMENT", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "norms",
+    "penalties", "rows", "rule_of", "send", "squares", "step", "with_lr",
 ]  # fmt: skip
 
 NAME = "llvm"
+ALIGNMENT = 1
+"""Bytes of which a CPU needs addresses to be multiples: any will do."""
 HEADER: int = HEADER_WIDTH.value
 ROW: int = ROW_WIDTH.value
 

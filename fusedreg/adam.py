@@ -127,8 +127,7 @@ class Adam(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        betas = pair(betas)  # type: ignore[assignment]  # of any sequence
-        _check_tensors(lr, betas, foreach_only=bool(foreach) and not capturable)
+        betas = checked_betas(lr, betas, foreach_only=bool(foreach) and not capturable)
         super().__init__(params, named(locals()))
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
@@ -138,11 +137,11 @@ class Adam(FusedOptimizer):
 
     def states(self, group: Settings) -> tuple[str, ...]:
         """Both moments, and the largest second one under amsgrad."""
-        return self.tensor_states if group["amsgrad"] else self.tensor_states[:2]
+        return self.tensor_states if group.get("amsgrad") else self.tensor_states[:2]
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.rules`."""
-        return "adam_amsgrad" if group["amsgrad"] else "adam"
+        return "adam_amsgrad" if group.get("amsgrad") else "adam"
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
         """The update rule; see the class docstring and the base class."""
@@ -154,7 +153,7 @@ class Adam(FusedOptimizer):
             # ((1 - beta2) g) g: the square alone overflows sooner.
             "exp_avg_sq": beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad,
         }
-        if settings["amsgrad"]:
+        if settings.get("amsgrad"):
             new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], new["exp_avg_sq"])
         bias_correction1 = 1 - beta1 ** new["step"]
         denominator = _denominator(settings, new)
@@ -247,29 +246,34 @@ class AdamW(Adam):
     ) -> None:
         if not decoupled_weight_decay:
             raise ValueError(
-                "Invalid decoupled_weight_decay value: False (AdamW is Adam with a decoupled decay: "
-                "use Adam for a coupled one)"
+                "Invalid decoupled_weight_decay value: False (AdamW is Adam with a decoupled "
+                "decay: use Adam for a coupled one)"
             )
         super().__init__(params, **named(locals()))
 
 
-def _check_tensors(lr: object, betas: Betas, foreach_only: bool) -> None:
-    """Torch's rules on which of lr and betas may be tensors, in its order and words."""
+def checked_betas(lr: object, betas: Betas, foreach_only: bool) -> Betas:
+    """Betas of any sequence as a tuple.
+
+    Raises by torch's rules on which of lr and betas may be tensors, in its order and words.
+    """
     if isinstance(lr, Tensor) and foreach_only:
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-    for index, beta in enumerate(betas):
-        check_number(f"betas[{index}]", beta, below=1.0, read_device=True)
-    tensors = [isinstance(beta, Tensor) for beta in betas]
+    numbers: Any = pair(betas)
+    check_betas(numbers, read_device=True)
+    tensors = [isinstance(beta, Tensor) for beta in numbers]
     if any(tensors) and not all(tensors):
         raise ValueError("betas must be either both floats or both Tensors")
     if any(tensors) and foreach_only:
         raise ValueError(
             "betas[0] as a Tensor is not supported for capturable=False and foreach=True"
         )
+    checked: Betas = numbers
+    return checked
 
 
 def _second_moment(settings: Settings, state: State) -> Tensor:
-    moment: Tensor = state["max_exp_avg_sq" if settings["amsgrad"] else "exp_avg_sq"]
+    moment: Tensor = state["max_exp_avg_sq" if settings.get("amsgrad") else "exp_avg_sq"]
     return moment
 
 

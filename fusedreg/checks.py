@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
+from itertools import takewhile
 from numbers import Real
+from operator import eq
 from typing import Any
 
 import torch
@@ -54,33 +55,36 @@ def check_number(
 
 
 def check_keys(
-    group: dict[str, Any], known: Collection[str], own: Iterable[str], warned: set[str]
+    group: dict[str, Any], known: Collection[str], own: Mapping[str, Any], warned: set[str]
 ) -> None:
     """Refuse what belongs to the optimizer, and warn once of a key that looks like a misspelt one.
 
     Args:
         group: a param group; any other key in it is a user's own.
         known: options of a group.
-        own: options of the optimizer.
+        own: options of the optimizer and their values. A wrapper may repeat them in its groups, as
+            ZeroRedundancyOptimizer does.
         warned: keys that were named before; more are added.
 
     Raises:
-        ValueError: a group has an option of the optimizer, which would be ignored there.
+        ValueError: a group has another value of one of `own`, which would be ignored there.
     """
-    for name in own:
-        if name in group:
+    for name, value in own.items():
+        if name in group and group[name] != value:
             raise ValueError(
-                f"Invalid key in a param group: {name!r} (it belongs to the optimizer, whose norm is "
-                f"that of all groups: pass it to the constructor or assign optimizer.{name})"
+                f"Invalid key in a param group: {name!r} (it belongs to the optimizer, whose "
+                "norm is that of all groups: pass it to the constructor or assign "
+                f"optimizer.{name})"
             )
     for key in group:
-        if key in known or key in TORCH_KEYS or key in warned:
+        if key in known or key in TORCH_KEYS or key in own or key in warned:
             continue
         near = [name for name in (*known, *own) if _is_one_edit(str(key), name)]
         if near:
             warned.add(key)
             warnings.warn(
-                f"the param group key {key!r} is no option and has no effect: is {near[0]!r} meant?",
+                f"the param group key {key!r} is no option and has no effect: "
+                f"is {near[0]!r} meant?",
                 stacklevel=4,
             )
 
@@ -90,7 +94,7 @@ def _is_one_edit(first: str, second: str) -> bool:
     short, long = sorted((first, second), key=len)
     if len(long) - len(short) > 1 or short == long:
         return False
-    start = len(os.path.commonprefix((short, long)))
+    start = sum(takewhile(bool, map(eq, short, long)))
     if len(short) < len(long):
         return short[start:] == long[start + 1 :]
     swapped = short[start + 1 : start + 2] + short[start : start + 1]
@@ -107,6 +111,16 @@ def check_betas(betas: Any, *, read_device: bool = False) -> None:
         raise ValueError(f"Invalid betas: {betas} (expected two numbers)")
     for index, beta in enumerate(betas):
         check_number(f"betas[{index}]", beta, below=1.0, read_device=read_device)
+
+
+def check_is_fake(param: Tensor, who: str) -> None:
+    """Raise where a real parameter would be stepped by operations that have no memory."""
+    fake = torch._guards.active_fake_mode() is not None
+    if fake and type(param).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        raise RuntimeError(
+            f"{who} cannot step a parameter that has memory inside a FakeTensorMode, where new "
+            "tensors have none: step outside of it, or make the model inside it"
+        )
 
 
 def check_flags(group: dict[str, Any]) -> None:
@@ -196,11 +210,6 @@ def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) 
         problem = (
             f"{who} needs a gradient of the parameter's kind, real or complex, but got "
             f"{grad.dtype}: clear it with zero_grad()"
-        )
-    elif grad.device.type == "meta":
-        problem = (
-            f"{who} cannot step a parameter on the meta device: give it memory first, with "
-            "module.to_empty(device=...)"
         )
     elif grad.device != param.device:
         problem = (

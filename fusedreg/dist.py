@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if torch.distributed.is_available():
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup as ProcessGroup  # noqa: PLC0414  # exported
 else:  # constructors name it in their signature
     ProcessGroup = Any  # type: ignore[assignment, misc]
 

@@ -104,8 +104,8 @@ class Inventory:
         self._aligned_grads: Callable[[list[int]], Any] | None = None
         if not self._take_tensors(self.stepped, state):
             raise RuntimeError(
-                "a parameter, a gradient or a state has no memory: its storage was freed or resized, "
-                "or it is of a class that wraps another tensor. Give it memory, or pass fused=False"
+                "a parameter, a gradient or a state has no memory: its storage was freed or "
+                "resized, or its class wraps another tensor. Give it memory, or pass fused=False"
             )
         self._take_alignment()
 
@@ -305,6 +305,6 @@ def _guards_of(tensors: list[Any]) -> Callable[..., bool]:
     """A function that says whether other tensors have the facts of these; False may be wrong."""
     if TensorGuards is None:
         return _never
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # type: ignore[call-arg]  # its stub omits the tensors
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     check: Callable[..., bool] = guards.check
     return check

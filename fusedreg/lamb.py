@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedreg.adam import Adam, Betas
+from fusedreg.adam import Adam, Betas, checked_betas
 from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import named
+from fusedreg.optimizer import FusedOptimizer, named
 
 
 class LAMB(Adam):
@@ -100,4 +99,5 @@ class LAMB(Adam):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, **named(locals()))
+        betas = checked_betas(lr, betas, foreach_only=bool(foreach) and not capturable)
+        FusedOptimizer.__init__(self, params, named(locals()))  # it has no amsgrad

@@ -157,7 +157,7 @@ def _snapshot(options: Any) -> Any:
     """Options with the numbers that they hold now."""
     if isinstance(options, (tuple, list)):
         return tuple(map(_snapshot, options))
-    if isinstance(options, Tensor) and on_host(options):
+    if isinstance(options, Tensor) and on_host(options) and options.numel() == 1:
         return options.item()
     return options
 

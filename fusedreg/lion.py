@@ -104,7 +104,7 @@ class Lion(FusedOptimizer):
         state_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        betas = pair(betas)  # type: ignore[assignment]  # of any sequence
+        betas = pair(betas)
         super().__init__(params, named(locals()))
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:

@@ -27,6 +27,7 @@ from fusedreg.checks import (
     check_count,
     check_flags,
     check_grad,
+    check_is_fake,
     check_keys,
     check_lr_independent_decay,
     check_moment,
@@ -265,7 +266,7 @@ class FusedOptimizer(Optimizer):
             value = float(value)
             if value == 0:
                 raise ValueError(
-                    "Invalid max_grad_norm value: 0.0 (a norm of 0 would leave all parameters where "
+                    "Invalid max_grad_norm value: 0.0 (a norm of 0 would leave all parameters as "
                     "they are: None turns clipping off)"
                 )
         self._own.max_grad_norm = value
@@ -456,7 +457,9 @@ class FusedOptimizer(Optimizer):
         Callers are looked at only where lr is 0 in all groups, as there.
         """
         rates = [group["lr"] for group in self.param_groups]
-        if not all(is_zero(lr.item() if isinstance(lr, Tensor) and on_host(lr) else lr) for lr in rates):
+        if not all(
+            is_zero(lr.item() if isinstance(lr, Tensor) and on_host(lr) else lr) for lr in rates
+        ):
             return False
         return dist.checkpoint_creates_state()
 
@@ -469,6 +472,8 @@ class FusedOptimizer(Optimizer):
             self._check_norm_is_global()
             self._check_tensors_are_whole()
             work = self._collect()
+            for param in (param for _, params in work for param in params):
+                check_is_fake(param, type(self).__name__)
             self._init_states(work)
             return None, work
         plan = old = self._plan
@@ -624,7 +629,7 @@ class FusedOptimizer(Optimizer):
         }
 
     def _needs_norm(self) -> bool:
-        return self.max_grad_norm is not None or self.skip_nonfinite
+        return self._own.max_grad_norm is not None or self._own.skip_nonfinite
 
     def _check_norm_is_global(self) -> None:
         """Raise where the norm that is asked for would be one of some of the gradients."""
@@ -759,7 +764,8 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any], read_device: bool = False) -> None:
         """Raise where an option is out of range; make plain what is a number or a pair."""
-        check_keys(group, self.defaults, self.own_options, self._own.warned)
+        own = {name: getattr(self, name) for name in self.own_options}
+        check_keys(group, self.defaults, own, self._own.warned)
         for name, default in self.defaults.items():
             if type(group[name]) not in PLAIN:  # an array, say, which a schedule made
                 of = pair if isinstance(default, tuple) else settled

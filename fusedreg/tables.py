@@ -106,9 +106,7 @@ def _kind(
     )
 
 
-def _memory(
-    inventory: Inventory, device: torch.device, kinds: Mapping[Kind, list[int]]
-) -> Memory:
+def _memory(inventory: Inventory, device: torch.device, kinds: Mapping[Kind, list[int]]) -> Memory:
     launch = inventory.launch
     buckets: list[Bucket] = []
     chunks = tensors = 0

@@ -148,8 +148,7 @@ _MINIMISING = minimising(CASES)
 _OTHER_ELASTIC_NETS = [
     _with_the_other_decay(case)
     for case in _MINIMISING
-    if case.penalty == "elastic_net"
-    and "decoupled_weight_decay" not in case.cls.fixed_options
+    if case.penalty == "elastic_net" and "decoupled_weight_decay" not in case.cls.fixed_options
 ]
 SOLVABLE = [
     case

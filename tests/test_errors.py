@@ -300,12 +300,6 @@ def integer_param() -> torch.Tensor:
     return param
 
 
-def on_meta() -> torch.Tensor:
-    param = nn.Parameter(torch.ones(2, device="meta"))
-    param.grad = torch.ones(2, device="meta")
-    return param
-
-
 class Elsewhere(torch.Tensor):
     """Says that it lies on a GPU, for a machine without one."""
 
@@ -349,7 +343,6 @@ BAD_GRADS: list[tuple[Callable[[], torch.Tensor], str, str]] = [
     (sparse_grad, "does not support sparse gradients", "sparse=False"),
     (integer_grad, "only supports .* floating point", "requires_grad=False"),
     (integer_param, "floating point", "requires_grad=False"),
-    (on_meta, "meta", "to_empty"),
     (on_another_device, "Expected all tensors to be on the same device", "zero_grad"),
     (resized, "must match the size", "zero_grad"),
     (turned_complex, "real or complex", "zero_grad"),

@@ -323,7 +323,7 @@ def test_a_step_where_tensors_have_no_memory_is_refused(clip: float | None) -> N
     optimizer = fusedreg.SGD(params, max_grad_norm=clip)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        pytest.raises(RuntimeError, match=r"no memory, as inside a FakeTensorMode .* fused=False"),
+        pytest.raises(RuntimeError, match=r"^SGD cannot step .* inside a FakeTensorMode"),
     ):
         optimizer.step()
     assert frozen(params) == before

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class RMSprop(FusedOptimizer):
+class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     r"""RMSprop with momentum, centering, weight decay, proximal L1 and clipping.
 
     One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::

@@ -30,8 +30,13 @@ STATES_OF_CLASSES = frozenset(
 
 A fixed table: what a file may load must not depend on which classes a program has imported.
 """
-OPTIONS_OF_MANY = ("eps", "momentum")
-"""Options that do not tell one class from another."""
+OPTIONS_OF_CLASSES = frozenset(
+    {
+        *("betas", "dampening", "alpha", "rho", "lr_decay", "lambd", "etas"),
+        *("beta2_decay", "max_iter", "ns_steps"),
+    }
+)
+"""Options by which they are known."""
 
 
 def check_keys(state_dict: Any) -> None:
@@ -98,17 +103,20 @@ def check_states(state_dict: StateDict, rule: Any) -> None:
 
 
 def _check_class(saved_groups: Sequence[Mapping[str, Any]], rule: Any) -> None:
-    """Raise where a group has none of the options by which class `rule` is known.
+    """Raise where a group lacks an option of class `rule` and has one of another class.
 
     The names of states do not always tell: torch's Muon has a `momentum_buffer` as SGD has, and SGD
-    without momentum has no state at all.
+    without momentum has no state at all. One of the two alone is no sign: a file may lack options,
+    and wrappers add their own.
     """
-    own = [name for name in rule.device_options if name not in OPTIONS_OF_MANY]
+    own = set(rule.device_options)
     for index, saved in enumerate(saved_groups):
-        if own and saved.keys().isdisjoint(own):
+        missing = sorted(own - saved.keys())
+        foreign = sorted(OPTIONS_OF_CLASSES & saved.keys() - own)
+        if missing and foreign:
             raise ValueError(
-                f"loaded state dict lacks {own[0]!r} in group {index}, which {rule.__name__} "
-                "needs: load it into the class that it was saved from"
+                f"loaded state dict contains {foreign[0]!r} and lacks {missing[0]!r} in group "
+                f"{index}, unlike {rule.__name__}: load it into the class that it was saved from"
             )
 
 

@@ -15,7 +15,7 @@ from fusedreg.reference import Settings, State, as_real
 from fusedreg.scalars import Number
 
 
-class Adagrad(FusedOptimizer):
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  # a property
     r"""Adagrad with weight decay, proximal L1 and clipping.
 
     One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::

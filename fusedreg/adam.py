@@ -18,7 +18,7 @@ from fusedreg.scalars import Number, is_zero, pair
 Betas = tuple[float | Tensor, float | Tensor]
 
 
-class Adam(FusedOptimizer):
+class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a property
     r"""Adam with weight decay, proximal L1 and clipping.
 
     One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::
@@ -172,7 +172,7 @@ class Adam(FusedOptimizer):
         return torch.where(unseen, 0.0, 1 / _denominator(settings, state))
 
 
-class AdamW(Adam):
+class AdamW(Adam, torch.optim.AdamW):  # type: ignore[override]  # a property
     r"""Adam with decoupled weight decay: :class:`Adam` with `decoupled_weight_decay=True`.
 
     One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::

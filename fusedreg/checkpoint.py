@@ -17,6 +17,27 @@ from fusedreg.scalars import wide_dtype
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 """Group options that say how to run here; a file from another machine must not change them."""
 
+STATES_OF_CLASSES = frozenset(
+    {
+        *("step", "momentum_buffer", "momentum_mass"),
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_inf"),
+        *("square_avg", "grad_avg", "acc_delta", "sum"),
+        *("row_var", "col_var", "variance"),
+        *("ax", "eta", "step_size", "func_evals", "n_iter"),
+    }
+)
+"""Names of states by which the classes of torch.optim and those here are known.
+
+A fixed table: what a file may load must not depend on which classes a program has imported.
+"""
+OPTIONS_OF_CLASSES = frozenset(
+    {
+        *("betas", "dampening", "alpha", "rho", "lr_decay", "lambd", "etas"),
+        *("beta2_decay", "max_iter", "ns_steps"),
+    }
+)
+"""Options by which they are known."""
+
 
 def check_keys(state_dict: Any) -> None:
     """Raise unless it has the structure of a state_dict."""
@@ -46,19 +67,13 @@ def is_absent(value: object) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def check_states(state_dict: StateDict, rule: Any, others: Sequence[Any]) -> None:
+def check_states(state_dict: StateDict, rule: Any) -> None:
     """Raise unless each parameter has the states that class `rule` keeps, all or none.
 
-    What else it has is a user's own, unless it has nothing of `rule` and a moment that one of the
-    `others`, all classes, keeps; or all that one of them keeps: Adam's file has Lion's `exp_avg`.
+    What else it has is a user's own, unless its name is that of a state that other classes keep.
     """
+    _check_class(state_dict["param_groups"], rule)
     known = {*rule.scalar_states, *rule.tensor_states}
-    moments = {name for other in others for name in other.tensor_states}
-    required = [
-        {*other.scalar_states, *other.tensor_states} - {*other.late_states} for other in others
-    ]
-    # A single name may be a user's own by chance.
-    of_others = [names for names in required if len(names) > 1 and not names <= known]
     ids = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key, state in state_dict["state"].items():
         if key not in ids:
@@ -72,18 +87,36 @@ def check_states(state_dict: StateDict, rule: Any, others: Sequence[Any]) -> Non
             raise ValueError(
                 f"loaded state dict contains {state!r} as the state of parameter {key}, not a dict"
             )
-        found = {name for name in known & state.keys() if not is_absent(state[name])}
-        missing = sorted(known - found - {*rule.late_states})
-        foreign = [name for name in state if name in moments and name not in known]
-        if foreign and (not found or any(whole <= state.keys() for whole in of_others)):
+        present = [name for name, value in state.items() if not is_absent(value)]
+        foreign = [name for name in present if name in STATES_OF_CLASSES - known]
+        if foreign:
             raise ValueError(
                 f"loaded state dict contains {foreign[0]!r} for parameter {key}, which "
                 f"{rule.__name__} does not keep: load it into the class that it was saved from"
             )
-        if found and missing:
+        missing = sorted(known - {*rule.late_states, *present})
+        if missing and not known.isdisjoint(present):
             raise ValueError(
                 f"loaded state dict lacks {missing[0]!r} for parameter {key}: it was not written "
                 "whole, or by another class"
+            )
+
+
+def _check_class(saved_groups: Sequence[Mapping[str, Any]], rule: Any) -> None:
+    """Raise where a group lacks an option of class `rule` and has one of another class.
+
+    The names of states do not always tell: torch's Muon has a `momentum_buffer` as SGD has, and SGD
+    without momentum has no state at all. One of the two alone is no sign: a file may lack options,
+    and wrappers add their own.
+    """
+    own = set(rule.device_options)
+    for index, saved in enumerate(saved_groups):
+        missing = sorted(own - saved.keys())
+        foreign = sorted(OPTIONS_OF_CLASSES & saved.keys() - own)
+        if missing and foreign:
+            raise ValueError(
+                f"loaded state dict contains {foreign[0]!r} and lacks {missing[0]!r} in group "
+                f"{index}, unlike {rule.__name__}: load it into the class that it was saved from"
             )
 
 

@@ -183,7 +183,7 @@ class FusedOptimizer(Optimizer):
         self._splitter = dist.constructing_splitter()
         self.defaults = {name: settled(value) for name, value in defaults.items()}
         self._check_group({**self.defaults}, read_device=True)
-        super().__init__(params, self.defaults)
+        Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
         self._check_norm_is_global()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -200,6 +200,18 @@ class FusedOptimizer(Optimizer):
                     "run the rule that it inherits: return the Rule that computes the same from "
                     "device_rule, or None for the reference path"
                 )
+
+    @classmethod
+    def __subclasses__(cls) -> list[type]:
+        """Those below this class that no class of torch.optim has below it too.
+
+        Registries walk down from torch.optim.Optimizer and would meet them twice.
+        """
+        return [
+            below
+            for below in type.__subclasses__(cls)
+            if not any(base.__module__.startswith("torch.optim.") for base in below.__bases__)
+        ]
 
     # ---- the contract: a subclass overrides the last three, and of the others what differs -------
 
@@ -824,7 +836,7 @@ class FusedOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         checkpoint.check_keys(state_dict)
         groups = checkpoint.merge_groups(self.param_groups, state_dict["param_groups"])
-        checkpoint.check_states(state_dict, type(self), list(_classes(FusedOptimizer)))
+        checkpoint.check_states(state_dict, type(self))
         for group in groups:
             group.update(self.fixed_options)
             self._make_pairs(group)
@@ -842,7 +854,7 @@ class FusedOptimizer(Optimizer):
         return {**super().__getstate__(), **kept, "_own": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
         if not hasattr(self, "_own"):  # a wrapper has its optimizer's
             old = {field.name: f"_{field.name}" for field in fields(Own)}  # names before 0.2
             self._own = Own(**{name: state[key] for name, key in old.items() if key in state})
@@ -875,10 +887,3 @@ def _count_dtype(param: Tensor) -> torch.dtype:
 def _copy_of(lr: Any) -> Any:
     """A learning rate as it is now, whatever is written into it later."""
     return lr.detach().clone() if isinstance(lr, Tensor) else lr
-
-
-def _classes(cls: type[FusedOptimizer]) -> Iterator[type[FusedOptimizer]]:
-    """All classes below `cls`."""
-    for below in cls.__subclasses__():
-        yield below
-        yield from _classes(below)

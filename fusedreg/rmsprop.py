@@ -16,7 +16,7 @@ from fusedreg.reference import Settings, State
 from fusedreg.scalars import Number, is_zero
 
 
-class RMSprop(FusedOptimizer):
+class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     r"""RMSprop with momentum, centering, weight decay, proximal L1 and clipping.
 
     One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::

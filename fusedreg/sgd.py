@@ -18,7 +18,7 @@ from fusedreg.reference import Settings, State
 from fusedreg.scalars import Flag, Number, is_zero
 
 
-class SGD(FusedOptimizer):
+class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a property
     r"""Stochastic gradient descent with momentum, weight decay, proximal L1 and clipping.
 
     One step of a parameter w, in this order, with S(x, s) = sign(x) * max(|x| - s, 0)::

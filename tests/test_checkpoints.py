@@ -16,11 +16,13 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim import Optimizer
 
 import fusedreg
 
@@ -32,10 +34,13 @@ from cases import (
     PLAIN,
     RULES,
     SOME,
+    TORCH_CASES,
+    TORCH_CLASSES,
     Case,
     by_id,
     parameters,
     run,
+    set_grads,
 )
 from compare import frozen, parameters_of, refused, results, snapshot
 
@@ -181,6 +186,109 @@ def test_run_resumes_from_a_distributed_checkpoint(
     twin.load_state_dict(found["model"])
     set_optimizer_state_dict(twin, resumed, found["optimizer"], options=way)
     assert_continues(optimizer, resumed)
+
+
+# Of each class that torch has too, the case with the most options.
+SHARED = [
+    max((case for case in TORCH_CASES if case.cls is cls), key=lambda case: len(case.kwargs))
+    for cls in TORCH_CLASSES
+]
+
+
+def build_torchs(case: Case) -> tuple[nn.Module, Any]:
+    model, _ = build(case)
+    theirs: Any = case.torch_cls
+    return model, theirs(model.parameters(), **case.kwargs)
+
+
+def save(way: StateDictOptions, file: Path, model: nn.Module, optimizer: Any) -> None:
+    state = get_optimizer_state_dict(model, optimizer, options=way)
+    dcp.save({"optimizer": state}, checkpoint_id=file)
+
+
+def load(way: StateDictOptions, file: Path, model: nn.Module, optimizer: Any) -> None:
+    """As the tutorials do it, with the planner that wants every key."""
+    target = {"optimizer": get_optimizer_state_dict(model, optimizer, options=way)}
+    dcp.load(target, checkpoint_id=file)
+    set_optimizer_state_dict(model, optimizer, target["optimizer"], options=way)
+
+
+@pytest.mark.usefixtures("_process_group")
+@ways
+@pytest.mark.parametrize("case", **by_id(SHARED))
+def test_distributed_checkpoint_of_torch_goes_on_here(
+    case: Case, way: StateDictOptions, tmp_path: Path
+) -> None:
+    """Read by torch's class, which hands it over, as docs/recipes.md says."""
+    model, theirs = build_torchs(case)
+    run(theirs, 2)
+    save(way, tmp_path / "run", model, theirs)
+    twin, reader = build_torchs(case)
+    twin.load_state_dict(model.state_dict())
+    load(way, tmp_path / "run", twin, reader)
+    resumed = case.make(twin.parameters(), lr=1e-9, l1=0.25)
+    resumed.load_state_dict(reader.state_dict())
+    plain = case.make(model.parameters(), lr=1e-9, l1=0.25)
+    plain.load_state_dict(theirs.state_dict())
+    assert_continues(plain, resumed)
+
+
+@pytest.mark.usefixtures("_process_group")
+@ways
+@pytest.mark.parametrize("case", **by_id(SHARED))
+def test_distributed_checkpoint_goes_on_in_torch(
+    case: Case, way: StateDictOptions, tmp_path: Path
+) -> None:
+    model, optimizer = build(case)
+    run(optimizer, 2)
+    save(way, tmp_path / "run", model, optimizer)
+    twin, resumed = build_torchs(case)
+    load(way, tmp_path / "run", twin, resumed)
+    for mine, theirs in zip(optimizer.state.values(), resumed.state.values(), strict=True):
+        assert mine.keys() - theirs.keys() <= {"momentum_mass"}  # torch has no threshold
+        assert frozen({name: mine[name] for name in theirs}) == frozen(theirs)
+    for name, value in resumed.param_groups[0].items():
+        if name == "betas":  # torch gathers a pair as a list
+            assert tuple(value) == case.make([torch.zeros(1)]).defaults[name]
+        elif name != "params":
+            assert value == optimizer.param_groups[0][name], name
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("way", ["nested", "flattened"])
+@pytest.mark.parametrize("case", **by_id(SHARED))
+def test_distributed_checkpoint_of_torch_is_not_read_without_its_missing_options(
+    case: Case, way: str, tmp_path: Path
+) -> None:
+    """It reads what the optimizer lists. What is not listed would be lost, so all is listed."""
+    model, theirs = build_torchs(case)
+    run(theirs, 2)
+    save(WAYS[way], tmp_path / "run", model, theirs)
+    twin, optimizer = build(case, l1=0.25)
+    run(optimizer, 1)
+    for param in twin.parameters():
+        param.grad = None  # torch asks for no state where there are gradients
+    with refused(optimizer, CheckpointException, "Missing key in checkpoint state_dict"):
+        load(WAYS[way], tmp_path / "run", twin, optimizer)
+
+
+@pytest.mark.usefixtures("_process_group")
+@ways
+@pytest.mark.parametrize("saved", [0.0, 0.25])
+@pytest.mark.parametrize("case", **by_id(SOME))
+def test_saved_options_win_in_a_distributed_checkpoint(
+    case: Case, saved: float, way: StateDictOptions, tmp_path: Path
+) -> None:
+    """Also where the file says that there is none, and where the optimizer has none."""
+    model, optimizer = build(case, l1=saved, weight_decay=saved, l1_mode="subgradient")
+    run(optimizer, 2)
+    save(way, tmp_path / "run", model, optimizer)
+    other = 0.25 - saved
+    twin, resumed = build(case, l1=other, weight_decay=other, l1_mode="subgradient")
+    twin.load_state_dict(model.state_dict())
+    load(way, tmp_path / "run", twin, resumed)
+    group = resumed.param_groups[0]
+    assert (group["l1"], group["weight_decay"]) == (saved, saved)
 
 
 @ways
@@ -357,6 +465,138 @@ def test_file_of_another_class_is_refused(foreign: type, cls: type) -> None:
     saved, optimizer = trained(foreign).state_dict(), trained(cls)
     with refused(optimizer, ValueError, "loaded state dict (contains|lacks)"):
         optimizer.load_state_dict(saved)
+
+
+# ---- a file is judged by itself and by the class that loads it -----------------------------------
+
+STATELESS = "SGD without momentum"
+WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: (name, {"momentum": 0.9} if name in ("SGD", "RMSprop") else {})
+        for name, cls in vars(torch.optim).items()
+        if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+    },
+    STATELESS: ("SGD", {}),
+    "AMSGrad": ("Adam", {"amsgrad": True}),
+}
+"""Each class of torch.optim, and those of its options that keep other states."""
+ADAMS = {"Adam", "AdamW", "AMSGrad", "RAdam", "SparseAdam"}
+"""The same moments, of the same meaning."""
+INTERCHANGEABLE: dict[type, set[str]] = {
+    fusedreg.SGD: {"SGD", STATELESS},
+    fusedreg.Adam: ADAMS,
+    fusedreg.AdamW: ADAMS,
+    fusedreg.LAMB: ADAMS,
+    fusedreg.RMSprop: {"RMSprop"},
+    fusedreg.Adagrad: {"Adagrad"},
+    fusedreg.Lion: set(),
+}
+MATRIX = [(2, 3), (3, 2)]
+"""Muon takes nothing else."""
+
+
+def written_by(writer: str) -> dict[str, Any]:
+    name, options = WRITERS[writer]
+    cls = getattr(torch.optim, name)
+    optimizer = cls(parameters(shapes=MATRIX), **options)
+
+    def closure() -> torch.Tensor:
+        params = parameters_of(optimizer)
+        set_grads(params, 0)
+        for param in params if name == "SparseAdam" else ():
+            param.grad = param.grad.to_sparse()
+        return torch.ones(())
+
+    optimizer.step(closure)
+    saved: dict[str, Any] = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"] or writer == STATELESS
+    return saved
+
+
+@pytest.fixture(params=[False, True], ids=["alone", "beside_others"])
+def _other_classes(request: pytest.FixtureRequest) -> Iterator[list[type]]:
+    """Classes of this program that have nothing to do with the file."""
+    if not request.param:
+        yield []
+        return
+
+    class Masked(fusedreg.SGD):
+        tensor_states = (*fusedreg.SGD.tensor_states, "mask")
+        scalar_states = (*fusedreg.SGD.scalar_states, "counter")
+
+    class Velocities(fusedreg.FusedOptimizer):
+        tensor_states = ("velocity", "exp_avg", "note")
+        scalar_states = ("mu_product",)
+
+    yield [Masked, Velocities]
+
+
+@pytest.mark.usefixtures("_other_classes")
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_file_of_each_class_of_torch_loads_or_is_refused(cls: type, writer: str) -> None:
+    saved, optimizer = written_by(writer), cls(parameters(shapes=MATRIX))
+    if writer in INTERCHANGEABLE[cls]:
+        optimizer.load_state_dict(saved)
+        kept = optimizer.state_dict()["state"]
+        assert {key: state.keys() for key, state in kept.items()} == {
+            key: state.keys() for key, state in saved["state"].items()
+        }
+        run(optimizer, 1)
+        return
+    with refused(optimizer, ValueError, "^loaded state dict (contains|lacks) .* class"):
+        optimizer.load_state_dict(saved)
+
+
+OWN_STATES = {
+    "mask": torch.tensor([True, False]),
+    "counter": torch.tensor(3),
+    "velocity": torch.ones(2),
+    "note": "warm",
+}
+
+
+@pytest.mark.usefixtures("_other_classes")
+@pytest.mark.parametrize("cls", CLASSES)
+def test_own_entries_come_along_whatever_classes_there_are(cls: type) -> None:
+    """Also of a parameter that has no state else."""
+    optimizer, other = trained(cls), trained(cls, seed=1)
+    for param in parameters_of(optimizer):
+        optimizer.state[param].update(OWN_STATES)
+    other.load_state_dict(optimizer.state_dict())
+    for param in parameters_of(other):
+        assert other.state[param].keys() >= OWN_STATES.keys()
+    assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_count_of_another_class_is_refused(cls: type) -> None:
+    """Which is all by which NAdam's file differs from Adam's."""
+
+    def spoil(saved: dict[str, Any]) -> None:
+        saved["state"][LAST]["mu_product"] = torch.tensor(0.5)
+
+    assert_refused(cls, spoil, f"^loaded state dict contains 'mu_product' for parameter {LAST}")
+
+
+def test_subclass_with_a_state_of_its_own_asks_for_it() -> None:
+    class Masked(fusedreg.Adam):
+        tensor_states = (*fusedreg.Adam.tensor_states, "mask")
+
+        def states(self, group: Any) -> tuple[str, ...]:
+            return (*super().states(group), "mask")
+
+    adam, masked, later = (
+        cls(parameters(shapes=SHAPES)) for cls in (fusedreg.Adam, Masked, Masked)
+    )
+    run(adam, 1)
+    with refused(masked, ValueError, "^loaded state dict lacks 'mask' for parameter 0"):
+        masked.load_state_dict(adam.state_dict())
+    with_mask = copy.deepcopy(adam.state_dict())
+    for key, param in enumerate(parameters_of(adam)):
+        with_mask["state"][key]["mask"] = torch.ones_like(param)
+    later.load_state_dict(with_mask)
+    assert frozen(later.state_dict()["state"]) == frozen(with_mask["state"])
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 4), (15,), (1, 5, 3), (1,), (), (0,)], ids=str)

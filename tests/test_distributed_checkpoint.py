@@ -114,9 +114,13 @@ def test_sums_begin_where_they_are_told_to_after_a_checkpoint_before_training() 
         assert target[1].param_groups[0]["decay_lr"] == case.options["lr"]
 
 
-@pytest.mark.parametrize("how", ["full", "full_from_rank0"])
+@pytest.mark.parametrize(
+    ("how", "by_torch"),
+    [*((how, False) for how in OPTIONS if how != "flattened"), *((how, True) for how in OPTIONS)],
+)
 @on_every_rank
-def test_distributed_checkpoint_of_torch_adamw_goes_on_here(how: str) -> None:
+def test_distributed_checkpoint_of_torch_adamw_goes_on_here(how: str, by_torch: bool) -> None:
+    """Loaded at once, or by torch's class, which hands it over: docs/recipes.md says when."""
     case = next(case for case in CASES if case.id == "adamw-decay")
     first = wrapped("fsdp2", case)
     theirs = first[0], torch.optim.AdamW(first[0].parameters(), **case.torch_kwargs)
@@ -128,7 +132,12 @@ def test_distributed_checkpoint_of_torch_adamw_goes_on_here(how: str) -> None:
         alone.step()
     theirs[0].zero_grad()  # torch asks for no state where there are gradients
     second = theirs[0], case.make(theirs[0].parameters(), lr=1e-9)
-    transfer(theirs, second, how)
+    if by_torch:
+        reader = theirs[0], torch.optim.AdamW(theirs[0].parameters())
+        transfer(theirs, reader, how)
+        second[1].load_state_dict(reader[1].state_dict())
+    else:
+        transfer(theirs, second, how)
     seeds = range(STEPS, 2 * STEPS)
     follow(second[1], alone, lambda s: backward(second[0], s), lambda: wholes(second[0]), seeds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import StateDict
+from torch.optim.optimizer import Optimizer, StateDict
 
 from fusedreg.dist import mesh_of, sharded_as
 from fusedreg.scalars import wide_dtype
@@ -118,6 +119,27 @@ def _check_class(saved_groups: Sequence[Mapping[str, Any]], rule: Any) -> None:
                 f"loaded state dict contains {foreign[0]!r} and lacks {missing[0]!r} in group "
                 f"{index}, unlike {rule.__name__}: load it into the class that it was saved from"
             )
+
+
+def keys_beyond_torch(optimizer: Any) -> frozenset[str]:
+    """Options that a file of the torch.optim class of the same name lacks.
+
+    Empty where one of them has an effect or a default that has one, and where torch has no such
+    class.
+    """
+    bases = (base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim."))
+    namesake = next(bases)
+    if namesake is Optimizer:
+        return frozenset()
+    of_torch = {*inspect.signature(namesake).parameters, *optimizer.fixed_options}
+    beyond = frozenset(optimizer.defaults.keys() - of_torch)
+    neutral = {"decay_lr": "lr_independent_decay"}  # what makes an option count
+    for options in (optimizer.defaults, *optimizer.param_groups):
+        for name in beyond.difference(EXECUTION_FLAGS):
+            used = options[neutral.get(name, name)]
+            if used != optimizer.neutral_options[neutral.get(name, name)]:
+                return frozenset()
+    return beyond
 
 
 def merge_groups(

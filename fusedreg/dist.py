@@ -7,9 +7,11 @@ only where there is something to sum.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -245,16 +247,33 @@ def checkpoint_creates_state() -> bool:
     return _is_running("torch.distributed.checkpoint.state_dict", "_init_optim_state")
 
 
-def _is_running(module: str, *names: str) -> bool:
+def checkpoint_reads_keys() -> bool:
+    """Whether torch.distributed.checkpoint asks for a state_dict, and will not flatten it.
+
+    A flattened one it reads back by the keys of the present param groups, so it must have them all.
+    """
+
+    def is_nested(frame: FrameType) -> bool:
+        flatten = getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", True)
+        return not flatten
+
+    return _is_running(
+        "torch.distributed.checkpoint.state_dict", "_get_optim_state_dict", also=is_nested
+    )
+
+
+def _is_running(
+    module: str, *names: str, also: Callable[[FrameType], bool] = lambda frame: True
+) -> bool:
     """Whether a function is among those that led here; False where nobody has imported it."""
     found: Any = sys.modules.get(module)
     for name in names:
         found = getattr(found, name, None)
-    code = getattr(found, "__code__", None)
+    code = None if found is None else getattr(inspect.unwrap(found), "__code__", None)
     frame = None if code is None else sys._getframe(1)
     try:
         while frame is not None and frame.f_code is not code:
             frame = frame.f_back
-        return frame is not None
+        return frame is not None and also(frame)
     finally:
         del frame  # it holds the locals of its function, and the callers' too

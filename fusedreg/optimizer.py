@@ -142,6 +142,8 @@ class FusedOptimizer(Optimizer):
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
     fixed_options: Mapping[str, Any] = MappingProxyType({})
     """Options that every group has, whatever a checkpoint of another class says."""
+    neutral_options: Mapping[str, Any] = MappingProxyType(OPTIONS)
+    """Options that every class has, with values that have no effect."""
     own_options = frozenset(OWN_OPTIONS)
     """Options that belong to the optimizer, so that no group may have them."""
     layerwise: bool = False
@@ -813,6 +815,21 @@ class FusedOptimizer(Optimizer):
         except Exception:  # whatever it was, the group must not stay
             self.param_groups.pop()
             raise
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as above
+    def state_dict(self) -> StateDict:
+        """State and param groups, as torch.optim writes them; see docs/recipes.md.
+
+        Where torch.distributed.checkpoint asks, options that torch.optim does not know are left out
+        if none of them has an effect: it loads only files that have every key.
+        """
+        packed: StateDict = Optimizer.state_dict(self)
+        if dist.checkpoint_reads_keys():
+            unknown = checkpoint.keys_beyond_torch(self)
+            for group in packed["param_groups"]:
+                for name in unknown:
+                    group.pop(name, None)
+        return packed
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as above
     def load_state_dict(self, state_dict: StateDict) -> None:

@@ -233,6 +233,39 @@ def test_distributed_checkpoint_of_torch_goes_on_here(
     assert_continues(plain, resumed)
 
 
+# A dampened momentum has a state more here than in torch.
+SAME_STATES = [
+    max(
+        (case for case in TORCH_CASES if case.cls is cls and "dampening" not in case.kwargs),
+        key=lambda case: len(case.kwargs),
+    )
+    for cls in TORCH_CLASSES
+]
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("way", [way for way in WAYS if "flat" not in way])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("case", **by_id(SAME_STATES))
+def test_distributed_checkpoint_of_torch_is_read_where_no_option_is_ours(
+    case: Case, way: str, begun: bool, tmp_path: Path
+) -> None:
+    """What torch does not know is then not listed. It may be set once all is loaded."""
+    model, theirs = build_torchs(case)
+    run(theirs, 2)
+    save(WAYS[way], tmp_path / "run", model, theirs)
+    twin, resumed = build(case, lr=1e-9)
+    if begun:
+        run(resumed, 1)
+    twin.load_state_dict(model.state_dict())
+    load(WAYS[way], tmp_path / "run", twin, resumed)
+    plain = case.make(model.parameters(), lr=1e-9)
+    plain.load_state_dict(theirs.state_dict())
+    for each in (plain, resumed):
+        each.param_groups[0]["l1"] = 0.25
+    assert_continues(plain, resumed)
+
+
 @pytest.mark.usefixtures("_process_group")
 @ways
 @pytest.mark.parametrize("case", **by_id(SHARED))
@@ -260,7 +293,7 @@ def test_distributed_checkpoint_goes_on_in_torch(
 def test_distributed_checkpoint_of_torch_is_not_read_without_its_missing_options(
     case: Case, way: str, tmp_path: Path
 ) -> None:
-    """It reads what the optimizer lists. What is not listed would be lost, so all is listed."""
+    """It reads what the optimizer lists. What has an effect is listed, so that nothing is lost."""
     model, theirs = build_torchs(case)
     run(theirs, 2)
     save(WAYS[way], tmp_path / "run", model, theirs)

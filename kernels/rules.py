@@ -59,11 +59,9 @@ def power(base, exponent):
 @triton.jit
 def average(old, new, weight):
     """(1 - weight) * old + weight * new, whose two factors, rounded, would not sum to 1."""
-    difference = new - old
-    # It overflows between large numbers of opposite signs. The average does not.
-    overflows = (difference == INFINITY) | (difference == -INFINITY)
-    apart = (old - weight * old) + weight * new
-    return tl.where(overflows, apart, old + weight * difference)
+    mean = old + weight * (new - old)
+    # The difference of large numbers of opposite signs overflows. Their average does not.
+    return tl.where(mean - mean == 0.0, mean, (old - weight * old) + weight * new)
 
 
 # ---- SGD -----------------------------------------------------------------------------------------

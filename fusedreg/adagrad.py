@@ -139,17 +139,26 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
         """The update rule; see the class docstring and the base class."""
         new: State = {"step": state["step"] + 1, "sum": state["sum"] + grad * grad}
-        denominator = _denominator(settings, new)
+        root = _root(settings, new)
         # 0/0: a coordinate that has never seen a gradient does not move.
-        return torch.where(denominator == 0, 0.0, grad / denominator), new
+        return torch.where(root == 0, 0.0, grad / root / _slowed(settings, new)), new
 
     def gain(self, settings: Settings, state: State) -> Number:
         """1 / d, and 0 where the sum is 0: there 1 / eps would wipe out unused weights."""
-        return torch.where(state["sum"] == 0, 0.0, 1 / _denominator(settings, state))
+        gain = 1 / _root(settings, state) / _slowed(settings, state)
+        return torch.where(state["sum"] == 0, 0.0, gain)
 
 
-def _denominator(settings: Settings, state: State) -> Tensor:
-    """(sqrt(s) + eps) * (1 + (t - 1) * lr_decay), in the new state."""
-    slowed = 1 + (state["step"] - 1) * settings["lr_decay"]
-    denominator: Tensor = (state["sum"].sqrt() + settings["eps"]) * slowed
-    return denominator
+# d is the product of these two. It is not formed, because it may overflow where g / d does not.
+
+
+def _root(settings: Settings, state: State) -> Tensor:
+    """sqrt(s) + eps, in the new state."""
+    root: Tensor = state["sum"].sqrt() + settings["eps"]
+    return root
+
+
+def _slowed(settings: Settings, state: State) -> Number:
+    """1 + (t - 1) * lr_decay, in the new state."""
+    slowed: Number = 1 + (state["step"] - 1) * settings["lr_decay"]
+    return slowed

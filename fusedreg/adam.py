@@ -11,9 +11,10 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_betas, check_number
 from fusedreg.dist import ProcessGroup
+from fusedreg.momentum import average
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
-from fusedreg.scalars import Number, is_zero, pair
+from fusedreg.scalars import Number, pair
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -33,7 +34,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2
         x = max(x, v)                             if amsgrad
-        d = sqrt(v / (1 - beta2^t)) + eps         x in the place of v if amsgrad
+        d = sqrt(v) / sqrt(1 - beta2^t) + eps     x in the place of v if amsgrad
         w = w - lr * m / (1 - beta1^t) / d
         w = S(w, lr * l1 / d)                     if l1_mode == "prox", where v (x) is not 0
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
@@ -148,20 +149,16 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         beta1, beta2 = settings["betas"]
         new: State = {
             "step": state["step"] + 1,
-            # beta1 * m + (1 - beta1) * g, whose two factors, rounded, would not sum to 1.
-            "exp_avg": state["exp_avg"] + (1 - beta1) * (grad - state["exp_avg"]),
+            "exp_avg": average(state["exp_avg"], grad, 1 - beta1),
             # ((1 - beta2) g) g: the square alone overflows sooner.
             "exp_avg_sq": beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad,
         }
         if settings.get("amsgrad"):
             new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], new["exp_avg_sq"])
-        bias_correction1 = 1 - beta1 ** new["step"]
-        denominator = _denominator(settings, new)
-        direction = new["exp_avg"] / bias_correction1 / denominator
-        if is_zero(settings["eps"]):
-            # 0/0: a coordinate that has never seen a gradient does not move.
-            direction = torch.where(denominator == 0, 0.0, direction)
-        return direction, new
+        # Not m / (1 - beta1^t), which may overflow where the direction does not.
+        corrected = (1 - beta1 ** new["step"]) * _denominator(settings, new)
+        # 0/0: a coordinate that has never seen a gradient does not move.
+        return torch.where(corrected == 0, 0.0, new["exp_avg"] / corrected), new
 
     def gain(self, settings: Settings, state: State) -> Number:
         """1 / (sqrt(v_hat) + eps), and 0 where the second moment is 0.
@@ -186,7 +183,7 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[override]  # a property
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2
         x = max(x, v)                             if amsgrad
-        d = sqrt(v / (1 - beta2^t)) + eps         x in the place of v if amsgrad
+        d = sqrt(v) / sqrt(1 - beta2^t) + eps     x in the place of v if amsgrad
         w = w - lr * m / (1 - beta1^t) / d
         w = S(w, lr * l1 / d)                     if l1_mode == "prox", where v (x) is not 0
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
@@ -280,6 +277,7 @@ def _second_moment(settings: Settings, state: State) -> Tensor:
 def _denominator(settings: Settings, state: State) -> Tensor:
     """sqrt(v_hat) + eps with the bias-corrected second moment of the step."""
     _, beta2 = settings["betas"]
-    bias_correction2 = 1 - beta2 ** state["step"]
-    moment: Tensor = (_second_moment(settings, state) / bias_correction2).sqrt() + settings["eps"]
-    return moment
+    # The root of each: v / (1 - beta2^t) may overflow where v does not.
+    correction = (1 - beta2 ** state["step"]) ** 0.5
+    denominator: Tensor = _second_moment(settings, state).sqrt() / correction + settings["eps"]
+    return denominator

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_betas
 from fusedreg.dist import ProcessGroup
+from fusedreg.momentum import average
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import pair
@@ -125,6 +126,5 @@ class Lion(FusedOptimizer):
         """The update rule; see the class docstring and the base class."""
         beta1, beta2 = settings["betas"]
         mixed = beta1 * state["exp_avg"] + (1 - beta1) * grad
-        # beta2 * m + (1 - beta2) * g, whose two factors, rounded, would not sum to 1.
-        new = {"exp_avg": state["exp_avg"] + (1 - beta2) * (grad - state["exp_avg"])}
+        new = {"exp_avg": average(state["exp_avg"], grad, 1 - beta2)}
         return torch.where(mixed.isnan(), mixed, mixed.sign()), new

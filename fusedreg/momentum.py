@@ -1,7 +1,8 @@
-"""The momentum mass: what a momentum buffer has made of a constant direction of 1.
+"""Momentum: the average of gradients, and the mass of a momentum buffer.
 
-It is the gain of a rule with momentum, and grows from the first step on: mass = momentum * mass +
-(1 - dampening). It cannot be told from a step count, because schedules change the momentum.
+The mass is what a buffer has made of a constant direction of 1. It is the gain of a rule with
+momentum, and grows from the first step on: mass = momentum * mass + (1 - dampening). It cannot be
+told from a step count, because schedules change the momentum.
 """
 
 from __future__ import annotations
@@ -13,7 +14,19 @@ import torch
 from torch import Tensor
 
 from fusedreg.dist import whole
-from fusedreg.scalars import is_zero, wide_dtype
+from fusedreg.scalars import Number, is_zero, wide_dtype
+
+
+def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
+    """(1 - weight) * old + weight * new, whose two factors, rounded, would not sum to 1.
+
+    >>> average(torch.tensor([1.0, -3e38]), torch.tensor([2.0, 3e38]), 0.25).tolist()
+    [1.25, -1.5e38]
+    """
+    difference = new - old
+    # It overflows between large numbers of opposite signs. The average does not.
+    apart = (old - weight * old) + weight * new
+    return torch.where(difference.isinf(), apart, old + weight * difference)
 
 
 def is_thresholded(group: Mapping[str, Any]) -> bool:

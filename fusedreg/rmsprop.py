@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
-from fusedreg.momentum import check_mass_is_finite, initial_mass, is_thresholded
+from fusedreg.momentum import average, check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Number, is_zero
@@ -159,8 +159,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             "square_avg": alpha * state["square_avg"] + (1 - alpha) * grad * grad,
         }
         if settings["centered"]:
-            # alpha * a + (1 - alpha) * g, whose two factors, rounded, would not sum to 1.
-            new["grad_avg"] = state["grad_avg"] + (1 - alpha) * (grad - state["grad_avg"])
+            new["grad_avg"] = average(state["grad_avg"], grad, 1 - alpha)
         denominator = _denominator(settings, new)
         # 0/0: a coordinate that has never seen a gradient does not move.
         direction = torch.where(denominator == 0, 0.0, grad / denominator)
@@ -184,6 +183,7 @@ def _denominator(settings: Settings, state: State) -> Tensor:
     square = state["square_avg"]
     if settings["centered"]:
         # Rounding may leave less than 0 of a gradient that does not change.
-        square = (square - state["grad_avg"] * state["grad_avg"]).clamp(min=0)
+        variance = (square - state["grad_avg"] * state["grad_avg"]).clamp(min=0)
+        square = torch.where(square.isinf(), square, variance)  # where a^2 overflows too
     denominator: Tensor = square.sqrt() + settings["eps"]
     return denominator

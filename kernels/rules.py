@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from fusedreg.kernels.columns import ROW, ROW_RULE
 from fusedreg.kernels.language import tl, triton
 
+INFINITY = tl.constexpr(float("inf"))
+
 
 @triton.jit
 def divide(a, b):
@@ -52,6 +54,14 @@ def reciprocal(x):
 def power(base, exponent):
     """base ** exponent in float64: within 2 ulp near 1, where 1 - beta**t cancels."""
     return tl.exp(exponent * tl.log(base))
+
+
+@triton.jit
+def average(old, new, weight):
+    """(1 - weight) * old + weight * new, whose two factors, rounded, would not sum to 1."""
+    mean = old + weight * (new - old)
+    # The difference of large numbers of opposite signs overflows. Their average does not.
+    return tl.where(mean - mean == 0.0, mean, (old - weight * old) + weight * new)
 
 
 # ---- SGD -----------------------------------------------------------------------------------------
@@ -108,19 +118,18 @@ def sgd_nesterov(g, states, scalars):
 
 @triton.jit
 def adam_scalars(options, counts):
-    """t = t + 1 and the bias corrections 1 - beta**t."""
+    """t = t + 1, 1 - beta1**t and sqrt(1 - beta2**t)."""
     beta1, beta2, eps = options
     t = counts[0] + 1.0
     correction1 = 1.0 - power(beta1, t)
-    correction2 = 1.0 - power(beta2, t)
+    correction2 = square_root(1.0 - power(beta2, t))
     return 1.0, (1.0 - beta1, beta2, 1.0 - beta2, correction1, correction2, eps), (t,)
 
 
 @triton.jit
 def adam_moments(g, m, v, scalars):
     """m = beta1 * m + (1 - beta1) * g and v = beta2 * v + (1 - beta2) * g**2."""
-    # beta1 * m + (1 - beta1) * g, whose two factors, rounded, would not sum to 1.
-    m = m + scalars[0] * (g - m)
+    m = average(m, g, scalars[0])
     # ((1 - beta2) g) g: the square alone overflows sooner.
     v = scalars[1] * v + scalars[2] * g * g
     return m, v
@@ -128,13 +137,15 @@ def adam_moments(g, m, v, scalars):
 
 @triton.jit
 def adam_direction(m, v, scalars):
-    """m_hat / (sqrt(v_hat) + eps), and the gain 1 / (sqrt(v_hat) + eps).
+    """m_hat / d and the gain 1 / d, with d = sqrt(v_hat) + eps.
 
     A coordinate that has never seen a gradient has neither: 0/0 with eps = 0, and a gain of 1/eps
     would wipe out every unused row of an embedding.
     """
-    d = square_root(divide(v, scalars[4])) + scalars[5]
-    direction = tl.where(d == 0.0, 0.0, divide(divide(m, scalars[3]), d))
+    # Neither m_hat nor v_hat itself is formed: both may overflow where the direction does not.
+    d = divide(square_root(v), scalars[4]) + scalars[5]
+    corrected = scalars[3] * d
+    direction = tl.where(corrected == 0.0, 0.0, divide(m, corrected))
     gain = tl.where(v == 0.0, 0.0, reciprocal(d))
     return direction, gain
 
@@ -212,9 +223,9 @@ def rmsprop_momentum(g, states, scalars):
 @triton.jit
 def variance(g, v, a, scalars):
     """a = alpha * a + (1 - alpha) * g, and v - a**2, at least 0: rounded it may be less."""
-    a = a + scalars[1] * (g - a)
+    a = average(a, g, scalars[1])
     square = tl.maximum(v - a * a, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return a, square
+    return a, tl.where(v == INFINITY, v, square)  # where a**2 overflows too
 
 
 @triton.jit
@@ -270,7 +281,7 @@ def lion(g, states, scalars):
     m = states[0]
     u = beta1 * m + complement1 * g
     direction = tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, u * 0.0))  # of NaN: NaN
-    return direction, 1.0, (m + complement2 * (g - m),)
+    return direction, 1.0, (average(m, g, complement2),)
 
 
 # ---- layerwise -----------------------------------------------------------------------------------

@@ -31,12 +31,12 @@ State = dict[str, Any]
 """The state of one parameter, read for the arithmetic: moments widened, scalars as numbers."""
 
 Block = tuple[Tensor, Tensor, dict[str, Any]]
-"""A parameter, its gradient and its state, or the same part of each. Complex ones are real here."""
+"""A parameter, its gradient and its state, or the same part of each."""
 
 Writes = list[tuple[Tensor, Number]]
 """Tensors, and what is to be written into each."""
 
-BLOCK_BYTES = 512 * 1024
+BLOCK_BYTES = 768 * 1024
 """How much of a parameter is stepped at once on a CPU, in the dtype of the arithmetic.
 
 A handful of temporaries of this size stay in a cache of a few MiB, and each operation is long
@@ -76,9 +76,10 @@ def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
 
     The product is formed in the widest dtype: a float32 factor below 1.2e-38 would be subnormal.
     """
-    grad, dtype = as_real(grad.resolve_conj()), compute_dtype(param)
+    grad, dtype = grad.resolve_conj(), compute_dtype(param)
     if not isinstance(scale, Tensor) and scale == 1:
-        return grad.to(dtype)
+        return _read(grad, dtype)
+    grad = as_real(grad)
     return (grad.to(wide_dtype(grad.device)) * scale).to(dtype)
 
 
@@ -104,7 +105,7 @@ def move(
     l1, weight_decay = settings["l1"], settings["weight_decay"]
     decoupled = settings["decoupled_weight_decay"]
     dtype = compute_dtype(param)
-    w = as_real(param).to(dtype)
+    w = _read(param, dtype)
     g = loss_gradient(param, grad, scale)
 
     if settings["maximize"]:
@@ -114,7 +115,8 @@ def move(
     if not (decoupled or is_zero(weight_decay)):
         g = g + weight_decay * w
 
-    old = _read(rule, state, param.device, dtype)
+    old = {name: number(state[name], param.device) for name in rule.scalar_states if name in state}
+    old |= {name: _read(state[name], dtype) for name in rule.tensor_states if name in state}
     direction, new = rule.direction(settings, old, g)
     # What a rule hands on as it is, perhaps under another name, is memory that a step writes.
     handed_on = {id(value) for value in old.values() if isinstance(value, Tensor)}
@@ -201,11 +203,12 @@ def _new_values(
     stepped = [(state[name], value, skip) for name, value in moved.state.items()]
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
     stepped.append((param, w, skip | (lr == 0)))
-    return [
-        (target, select(keep, target, value))
-        for target, value, keep in stepped
-        if keep is not True and isinstance(target, Tensor)
-    ]
+    values = []
+    for target, value, keep in stepped:
+        if keep is not True and isinstance(target, Tensor):
+            target = as_real(target)
+            values.append((target, select(keep, target, value)))
+    return values
 
 
 def _write(values: Writes) -> None:
@@ -225,23 +228,24 @@ def _blocks(
     Parts are vectors in the order of memory, so all tensors must be laid out alike, without gaps. A
     step counts once: all parts but the last have numbers in the place of scalar states.
     """
-    tensors = {name: as_real(state[name]) for name in rule.tensor_states if name in state}
-    counts = {name: state[name] for name in rule.scalar_states if name in state}
-    param, grad = as_real(param), as_real(grad.resolve_conj())
-    whole = param, grad, {**counts, **tensors}
+    whole = param, grad, state
     size = BLOCK_BYTES // compute_dtype(param).itemsize
     # On an accelerator blocks would be nothing but more launches.
-    if param.numel() <= size or not scalars.on_host(param):
+    small = as_real(param).numel() <= size
+    if small or not scalars.on_host(param) or rule.device_rule(settings) is None:
         return [whole]
-    together = (param, grad, *tensors.values())
-    if rule.device_rule(settings) is None or not all(map(_is_plain, together)):
+    tensors = {name: state[name] for name in rule.tensor_states if name in state}
+    counts = {name: state[name] for name in rule.scalar_states if name in state}
+    together = param, grad.resolve_conj(), *tensors.values()
+    if not all(_is_plain(x) and x.shape == param.shape for x in together):
         return [whole]
+    # Dimensions from the largest stride to the smallest.
     order = sorted(range(param.dim()), key=param.stride, reverse=True)
-    in_order = [x.detach().permute(order) for x in together if x.shape == param.shape]
-    if len(in_order) < len(together) or not all(x.is_contiguous() for x in in_order):
+    in_order = [x.detach().permute(order) for x in together]
+    if not all(x.is_contiguous() for x in in_order):
         return [whole]
     numbers = {name: number(count, param.device) for name, count in counts.items()}
-    parts = zip(*(x.view(-1).split(size) for x in in_order), strict=True)
+    parts = zip(*(torch.split(as_real(x).view(-1), size) for x in in_order), strict=True)
     blocks = [(p, g, {**numbers, **dict(zip(tensors, s))}) for p, g, *s in parts]
     blocks[-1][2].update(counts)
     return blocks
@@ -272,7 +276,7 @@ def trust_ratio(w_squares: Tensor, update_squares: Tensor) -> Number:
     return trust
 
 
-def _read(rule: Rule, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> State:
-    scalars = {name: number(state[name], device) for name in rule.scalar_states if name in state}
-    tensors = {name: as_real(state[name]).to(dtype) for name in rule.tensor_states if name in state}
-    return scalars | tensors
+def _read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor for the arithmetic, its own memory where that has the dtype."""
+    x = as_real(x)
+    return x if x.dtype == dtype else x.to(dtype)  # which would take longer to find out

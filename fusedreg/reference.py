@@ -6,6 +6,10 @@
 This is what the device code is tested against, so it is written to be read. Low precision is
 stepped in float32 and rounded once, at the store; every operation is elementwise, so strides and
 memory formats do not matter.
+
+A step first computes all new values and then writes them, so that an exception leaves a parameter
+and its state either as they were or stepped. On a CPU it goes through large tensors block by block,
+because temporaries as large as a parameter would go through main memory in every operation.
 """
 
 from __future__ import annotations
@@ -16,14 +20,28 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fusedreg import scalars
 from fusedreg.penalty import soft_threshold, subgradient
-from fusedreg.scalars import Flag, Number, is_zero, number, store, wide_dtype
+from fusedreg.scalars import Flag, Number, is_zero, number, select, wide_dtype
 
 Settings = Mapping[str, Any]
 """A param group without its parameters, each number where the arithmetic needs it."""
 
 State = dict[str, Any]
 """The state of one parameter, read for the arithmetic: moments widened, scalars as numbers."""
+
+Block = tuple[Tensor, Tensor, dict[str, Any]]
+"""A parameter, its gradient and its state, or the same part of each."""
+
+Writes = list[tuple[Tensor, Number]]
+"""Tensors, and what is to be written into each."""
+
+BLOCK_BYTES = 768 * 1024
+"""How much of a parameter is stepped at once on a CPU, in the dtype of the arithmetic.
+
+A handful of temporaries of this size stay in a cache of a few MiB, and each operation is long
+enough for the threads of torch. Twice and half of it are slower, as CONTRIBUTING.md says.
+"""
 
 
 class Rule(Protocol):
@@ -32,6 +50,9 @@ class Rule(Protocol):
     scalar_states: tuple[str, ...]
     tensor_states: tuple[str, ...]
     layerwise: bool
+
+    def device_rule(self, group: Settings) -> Any:
+        """What kernels run; None where `direction` may be anything, and not elementwise."""
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
         """What lr multiplies, and the new state."""
@@ -47,7 +68,7 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 def as_real(x: Tensor) -> Tensor:
     """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
-    return torch.view_as_real(x) if x.is_complex() else x.detach()
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
@@ -55,9 +76,10 @@ def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
 
     The product is formed in the widest dtype: a float32 factor below 1.2e-38 would be subnormal.
     """
-    grad, dtype = as_real(grad.resolve_conj()), compute_dtype(param)
+    grad, dtype = grad.resolve_conj(), compute_dtype(param)
     if not isinstance(scale, Tensor) and scale == 1:
-        return grad.to(dtype)
+        return _read(grad, dtype)
+    grad = as_real(grad)
     return (grad.to(wide_dtype(grad.device)) * scale).to(dtype)
 
 
@@ -83,7 +105,7 @@ def move(
     l1, weight_decay = settings["l1"], settings["weight_decay"]
     decoupled = settings["decoupled_weight_decay"]
     dtype = compute_dtype(param)
-    w = as_real(param).to(dtype)
+    w = _read(param, dtype)
     g = loss_gradient(param, grad, scale)
 
     if settings["maximize"]:
@@ -93,8 +115,12 @@ def move(
     if not (decoupled or is_zero(weight_decay)):
         g = g + weight_decay * w
 
-    old = _read(rule, state, param.device, dtype)
+    old = {name: number(state[name], param.device) for name in rule.scalar_states if name in state}
+    old |= {name: _read(state[name], dtype) for name in rule.tensor_states if name in state}
     direction, new = rule.direction(settings, old, g)
+    # What a rule hands on as it is, perhaps under another name, is memory that a step writes.
+    handed_on = {id(value) for value in old.values() if isinstance(value, Tensor)}
+    new = {name: x.clone() if id(x) in handed_on else x for name, x in new.items()}
     if settings["lr_independent_decay"]:
         weight_decay = weight_decay / settings["decay_lr"]
     return Move(w, direction, weight_decay if decoupled else 0.0, new)
@@ -123,8 +149,44 @@ def update(
         squares: what `squares_of` gives, summed over the ranks that have parts of the parameter;
             None where all of it is here.
     """
+    if skip is True:
+        return
+    blocks = _blocks(rule, settings, param, grad, state)
+    if rule.layerwise and squares is None and len(blocks) > 1:
+        moves = (move(rule, settings, *block, scale) for block in blocks)
+        squares = torch.stack([squares_of(moved) for moved in moves]).sum(0)
+
+    # An exception, such as a KeyboardInterrupt, may come at any time. Before the values of the first
+    # block are there, nothing has changed and nothing will. From then on the step is finished before
+    # the exception goes on. What is being written is written once more: that changes nothing, as
+    # values do not depend on what they replace. `begun` is assigned at once, so that the place and
+    # the values always belong together.
+    begun: tuple[int, Writes] | None = None
+    try:
+        for index, block in enumerate(blocks):
+            begun = index, _new_values(rule, settings, block, scale, skip, squares)
+            _write(begun[1])
+    except BaseException:
+        if begun is not None:
+            index, values = begun
+            _write(values)
+            for block in blocks[index + 1 :]:
+                _write(_new_values(rule, settings, block, scale, skip, squares))
+        raise
+
+
+def _new_values(
+    rule: Rule,
+    settings: Settings,
+    block: Block,
+    scale: Number,
+    skip: Flag,
+    squares: Tensor | None,
+) -> Writes:
+    """What a step makes of a block: what to write, and where. Changes nothing."""
     lr, l1, l1_mode = settings["lr"], settings["l1"], settings["l1_mode"]
-    moved = move(rule, settings, param, grad, state, scale)
+    param, _, state = block
+    moved = move(rule, settings, *block, scale)
     rate = lr
     if rule.layerwise:
         rate = lr * trust_ratio(*(squares_of(moved) if squares is None else squares))
@@ -138,10 +200,60 @@ def update(
     if l1_mode == "decoupled" and not is_zero(l1):
         w = soft_threshold(w, rate * l1)
 
-    for name, value in moved.state.items():
-        store(as_real(state[name]), value, skip)
+    stepped = [(state[name], value, skip) for name, value in moved.state.items()]
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
-    store(as_real(param), w, skip | (lr == 0))
+    stepped.append((param, w, skip | (lr == 0)))
+    values = []
+    for target, value, keep in stepped:
+        if keep is not True and isinstance(target, Tensor):
+            target = as_real(target)
+            values.append((target, select(keep, target, value)))
+    return values
+
+
+def _write(values: Writes) -> None:
+    """Write every value, rounded once, to its place."""
+    for target, value in values:
+        if isinstance(value, Tensor):
+            target.copy_(value)
+        else:
+            target.fill_(value)
+
+
+def _blocks(
+    rule: Rule, settings: Settings, param: Tensor, grad: Tensor, state: dict[str, Any]
+) -> list[Block]:
+    """The parameter in parts that are stepped one after the other, or in one.
+
+    Parts are vectors in the order of memory, so all tensors must be laid out alike, without gaps. A
+    step counts once: all parts but the last have numbers in the place of scalar states.
+    """
+    whole = param, grad, state
+    size = BLOCK_BYTES // compute_dtype(param).itemsize
+    # On an accelerator blocks would be nothing but more launches.
+    small = as_real(param).numel() <= size
+    if small or not scalars.on_host(param) or rule.device_rule(settings) is None:
+        return [whole]
+    tensors = {name: state[name] for name in rule.tensor_states if name in state}
+    counts = {name: state[name] for name in rule.scalar_states if name in state}
+    together = param, grad.resolve_conj(), *tensors.values()
+    if not all(_is_plain(x) and x.shape == param.shape for x in together):
+        return [whole]
+    # Dimensions from the largest stride to the smallest.
+    order = sorted(range(param.dim()), key=param.stride, reverse=True)
+    in_order = [x.detach().permute(order) for x in together]
+    if not all(x.is_contiguous() for x in in_order):
+        return [whole]
+    numbers = {name: number(count, param.device) for name, count in counts.items()}
+    parts = zip(*(torch.split(as_real(x).view(-1), size) for x in in_order), strict=True)
+    blocks = [(p, g, {**numbers, **dict(zip(tensors, s))}) for p, g, *s in parts]
+    blocks[-1][2].update(counts)
+    return blocks
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether `x` is memory, and no subclass of Tensor that dispatches by itself."""
+    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.layout is torch.strided
 
 
 def squares_of(moved: Move) -> Tensor:
@@ -164,7 +276,7 @@ def trust_ratio(w_squares: Tensor, update_squares: Tensor) -> Number:
     return trust
 
 
-def _read(rule: Rule, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> State:
-    scalars = {name: number(state[name], device) for name in rule.scalar_states if name in state}
-    tensors = {name: as_real(state[name]).to(dtype) for name in rule.tensor_states if name in state}
-    return scalars | tensors
+def _read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor for the arithmetic, its own memory where that has the dtype."""
+    x = as_real(x)
+    return x if x.dtype == dtype else x.to(dtype)  # which would take longer to find out

@@ -82,18 +82,13 @@ def is_zero(value: Number) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-def store(target: Tensor, value: Number, keep: Flag) -> None:
-    """Round `value` once into `target`, unless `keep` says that nothing may change.
+def select(keep: Flag, target: Tensor, value: Number) -> Number:
+    """What is to be written into `target`: `value`, or what is there where `keep` says so.
 
-    `keep` selects; it never multiplies, because 0 * inf is NaN.
+    `keep` selects; it never multiplies, because 0 * inf is NaN. It is False or a tensor.
     """
-    if keep is True:
-        return
-    if isinstance(keep, Tensor):
-        # Round before selecting: what is kept must not go through another dtype, not even a NaN.
-        rounded = torch.as_tensor(value, dtype=target.dtype, device=target.device)
-        value = torch.where(keep, target, rounded)
-    if isinstance(value, Tensor):
-        target.copy_(value)
-    else:
-        target.fill_(value)
+    if not isinstance(keep, Tensor):
+        return value
+    # Round before selecting: what is kept must not go through another dtype, not even a NaN.
+    rounded = torch.as_tensor(value, dtype=target.dtype, device=target.device)
+    return torch.where(keep, target, rounded)

@@ -101,7 +101,7 @@ def adam(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
     s["step"] += 1
     s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
     v = s["exp_avg_sq"] = b2 * s["exp_avg_sq"] + (1 - b2) * g**2
-    if options["amsgrad"]:  # the maximum of the uncorrected moment
+    if options.get("amsgrad"):  # the maximum of the uncorrected moment
         old = s["max_exp_avg_sq"]
         v = s["max_exp_avg_sq"] = torch.where(v > old, v, old)
     root = torch.sqrt(v / (1 - b2 ** s["step"])) + eps

@@ -157,9 +157,9 @@ def update(
         squares = torch.stack([squares_of(moved) for moved in moves]).sum(0)
 
     # An exception, such as a KeyboardInterrupt, may come at any time. Before the values of the
-    # first block are there, nothing has changed, and nothing will. From then on the step is finished
-    # before the exception goes on. The last block is then written once more, which does no harm,
-    # because values do not depend on what they replace. The index and the values are assigned
+    # first block are there, nothing has changed, and nothing will. From then on the step is
+    # finished before the exception goes on. The last block is then written once more, which does no
+    # harm, because values do not depend on what they replace. The index and the values are assigned
     # together, so that they always belong to the same block.
     begun: tuple[int, Writes] | None = None
     try:

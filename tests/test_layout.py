@@ -26,6 +26,7 @@ LAYERS = [
     "inventory",
     "tables",
     "engine",
+    "parametrized",
     "groups",
     "momentum",
     "optimizer",

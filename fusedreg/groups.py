@@ -114,7 +114,7 @@ def param_groups(
 def _by_role(
     model: nn.Module, names: Mapping[Tensor, list[str]]
 ) -> tuple[set[Tensor], dict[Tensor, str]]:
-    """The unpenalised parameters, and those of which only the user can say that, with the reason."""
+    """The unpenalised parameters, and those of which only the user can say it, with the reason."""
     unpenalised, unclear = set(), {}
     for param, known_as in names.items():
         hidden = _hidden_dimensions(param)
@@ -152,7 +152,10 @@ def _hidden_dimensions(param: Tensor) -> str:
     if is_lazy(param):
         return "it is uninitialized: run a forward pass with a dummy batch first"
     if spread_of(param) == FLATTENED and param.dim() <= 1:
-        return "FullyShardedDataParallel flattened it: use fully_shard, which keeps dimensions"
+        return (
+            "FullyShardedDataParallel flattened it: use fully_shard, or make the groups before "
+            "wrapping and wrap with use_orig_params=True"
+        )
     return ""
 
 
@@ -225,10 +228,10 @@ class Sparsity(dict[str, Zeros]):
 def sparsity(model: nn.Module) -> Sparsity:
     """Count the exact zeros (`== 0`, not merely small) of every weight of a model.
 
-    A weight that is formed from other parameters, by a parametrization, weight_norm, spectral_norm or
-    a mask of `torch.nn.utils.prune`, is counted as a forward in eval mode reads it, under its own
-    name (`"0.weight"`), and they are not. Other parameters are counted as they are. A weight that
-    several modules share is counted once, but one that they mask or parametrize apart is several.
+    A weight that a module forms from other parameters, by a parametrization, weight_norm,
+    spectral_norm or a mask of `torch.nn.utils.prune`, is counted in their place, under its own name
+    (`"0.weight"`) and as a forward in eval mode reads it. A weight that several modules share is
+    counted once, but where each of them has a mask or parametrization of its own, each counts.
 
     The counts are read from the device in one transfer; the model is left as it is. Of DTensors the
     whole is counted, so that every rank must call this; under FullyShardedDataParallel call it
@@ -263,11 +266,12 @@ def sparsity(model: nn.Module) -> Sparsity:
 
 
 def _check_has_data(model: nn.Module) -> None:
+    """Refuse parameters that have no values to count."""
     for name, param in model.named_parameters():
         if is_lazy(param):
             raise ValueError(
-                f"Attempted to count the zeros of {name!r}, an uninitialized parameter: run a forward "
-                "pass with a dummy batch first"
+                f"Attempted to count the zeros of {name!r}, an uninitialized parameter: run a "
+                "forward pass with a dummy batch first"
             )
         if param.is_meta:
             raise RuntimeError(
@@ -277,5 +281,6 @@ def _check_has_data(model: nn.Module) -> None:
 
 
 def _zeros(weight: Tensor) -> Tensor:
+    """How many entries are 0, as a tensor; what a sparse layout leaves out is 0."""
     dense = weight if weight.layout == torch.strided else weight.to_dense()
     return whole((dense == 0).sum())

@@ -2,14 +2,15 @@
 
 `torch.nn.utils.parametrize` keeps the parameters behind a weight in `module.parametrizations` and
 forms the weight whenever it is read. The older `weight_norm` and `spectral_norm`, and
-`torch.nn.utils.prune`, keep them beside the weight (`weight_g`, `weight_orig`), and a hook forms the
-weight before each forward.
+`torch.nn.utils.prune`, keep them beside the weight (`weight_g`, `weight_orig`), and a hook forms
+the weight before each forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,9 +23,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 Role = Literal["entries", "direction", "size", "unknown"]
 """What a parameter is to the weight that is formed from it.
 
-"entries": its entries are those of the weight, as under a pruning mask; "direction": the weight does
-not change when it is multiplied by a positive number; "size": its entries are, up to the sign, the
-norms of the rows of the weight.
+"entries": its entries are those of the weight, as under a pruning mask. "direction": the length of
+the weight does not depend on it. "size": its entries are, up to the sign, the norms of the rows of
+the weight.
 """
 
 
@@ -43,35 +44,30 @@ class Formed(NamedTuple):
 
 def formed(module: nn.Module) -> Iterator[Formed]:
     """The weights that a module forms, without those of its children."""
-    if is_parametrized(module):
-        for name, chain in module.parametrizations.items():
-            if next(chain.parameters(), None) is not None:  # else a buffer is parametrized
-                yield Formed(name, _roles(chain), (), lambda chain=chain: _value(chain))
+    for name, chain in _parametrizations(module):
+        if next(chain.parameters(), None) is not None:  # else a buffer is parametrized
+            yield Formed(name, _roles(chain), (), partial(_value, chain))
     for hook in module._forward_pre_hooks.values():
+        roles: dict[str, Role] = {}
         if isinstance(hook, WeightNorm):
-            size, direction = f"{hook.name}_g", f"{hook.name}_v"
-            yield Formed(
-                hook.name,
-                _named(module, {size: "size", direction: "direction"}),
-                (size, direction),
-                lambda hook=hook: hook.compute_weight(module),
-            )
+            name, value = hook.name, partial(hook.compute_weight, module)
+            roles = {f"{name}_g": "size", f"{name}_v": "direction"}
         elif isinstance(hook, SpectralNorm):
-            original = f"{hook.name}_orig"
-            yield Formed(
-                hook.name,
-                _named(module, {original: "direction"}),
-                (original,),
-                lambda hook=hook: hook.compute_weight(module, do_power_iteration=False),
-            )
+            name = hook.name
+            value = partial(hook.compute_weight, module, do_power_iteration=False)
+            roles = {f"{name}_orig": "direction"}
         elif isinstance(hook, BasePruningMethod):
-            original = f"{hook._tensor_name}_orig"
-            yield Formed(
-                hook._tensor_name,
-                _named(module, {original: "entries"}),
-                (original,),
-                lambda hook=hook: hook.apply_mask(module),
-            )
+            name, value = hook._tensor_name, partial(hook.apply_mask, module)
+            roles = {f"{name}_orig": "entries"}
+        if roles:
+            yield Formed(name, _named(module, roles), tuple(roles), value)
+
+
+def _parametrizations(module: nn.Module) -> Iterable[tuple[str, ParametrizationList]]:
+    """The names of the parametrized tensors of a module, and what forms each."""
+    chains: Any = module.parametrizations if is_parametrized(module) else {}
+    found: Iterable[tuple[str, ParametrizationList]] = chains.items()
+    return found
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -96,7 +92,9 @@ def _weights(module: nn.Module, prefix: str, seen: set[object]) -> Iterator[tupl
             seen.add(param)
             yield prefix + name, param
     for name, child in module.named_children():
-        if not (name == "parametrizations" and is_parametrized(module)):
+        if name == "_fsdp_wrapped_module":  # which summon_full_params leaves out of names too
+            yield from _weights(child, prefix, seen)
+        elif not (name == "parametrizations" and is_parametrized(module)):
             yield from _weights(child, f"{prefix}{name}.", seen)
 
 

@@ -198,7 +198,9 @@ def test_l1_of_a_normed_layer_trains(
     assert zeros % 10 == 0  # whole rows
 
 
-def fit(wrap: Wrap, start: Tensor, H: Tensor, c: Tensor, steps: int, **penalty: float) -> Tensor:
+def fit(
+    wrap: Wrap, start: Tensor, hessian: Tensor, c: Tensor, steps: int, **penalty: float
+) -> Tensor:
     """The weight after SGD on W H W' / 2 - c W' with a penalty of a normed layer."""
     outputs, inputs = start.shape
     model = nn.Linear(inputs, outputs, bias=False, dtype=torch.float64)
@@ -209,7 +211,7 @@ def fit(wrap: Wrap, start: Tensor, H: Tensor, c: Tensor, steps: int, **penalty: 
     for _ in range(steps):
         optimizer.zero_grad()
         weight = _weight(model)
-        ((weight @ H * weight).sum() / 2 - (weight * c).sum()).backward()
+        ((weight @ hessian * weight).sum() / 2 - (weight * c).sum()).backward()
         optimizer.step()
     return _weight(model).detach()
 

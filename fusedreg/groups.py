@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from fusedreg.dist import whole
+from fusedreg.dist import FLATTENED, spread_of, whole
+from fusedreg.parametrized import formed, weights
 
 NORM_LAYERS = (
     nn.LayerNorm,
@@ -17,6 +19,7 @@ NORM_LAYERS = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,  # batch and instance norm of every dimension
 )
+NO_PENALTY = {"weight_decay": 0.0, "l1": 0.0}
 
 
 def param_groups(
@@ -30,7 +33,19 @@ def param_groups(
     """Split a model's parameters into param groups: penalised, unpenalised, and by name.
 
     Unpenalised (`weight_decay=0, l1=0`) are biases, the scales and shifts of normalisation layers,
-    every other parameter with at most one dimension, and what `no_decay` lists.
+    every other parameter with at most one dimension, and what `no_decay` lists. Biases are called
+    `bias` or `bias_...`.
+
+    Parameters from which a module forms its weight are penalised where that penalises the weight:
+
+    - weight_norm: the weight is g * v / ||v||, row by row. The direction v is unpenalised, because
+      the weight does not change with its length. The size g gets what the weight would get:
+      weight_decay * ||g||^2 / 2 is that of the weight, and l1 * ||g||_1 is the sum of the norms of
+      its rows (the group lasso), which makes whole rows 0.
+    - spectral_norm and orthogonal: unpenalised, because they fix the length of the weight.
+    - `torch.nn.utils.prune`: penalised as without the mask.
+    - any other parametrization: refused, because a penalty on its original is none on the weight,
+      unless `no_decay` or `overrides` says what the original gets. A frozen one is unpenalised.
 
     Args:
         model: all its parameters are grouped, frozen ones too (they may be unfrozen later). A tied
@@ -49,7 +64,11 @@ def param_groups(
 
     Raises:
         ValueError: a pattern, module or class matches no parameter; a mistyped name would otherwise
-            silently decay what it was meant to protect.
+            silently decay what it was meant to protect. A parameter might get a penalty and only
+            its user can say whether it should: it is the original of a parametrization that is not
+            listed above, or it does not show its dimensions, being a lazy module's before the first
+            forward or flattened by FullyShardedDataParallel. `no_decay` decides that, and so does
+            `overrides` with a `weight_decay` or an `l1`.
         TypeError: an entry of `no_decay` is of another kind.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
@@ -63,18 +82,22 @@ def param_groups(
     names: dict[Tensor, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
-    unpenalised = _unpenalised_by_role(model, names)
+    unpenalised, unclear = _by_role(model, names)
     for entry in no_decay:
         unpenalised |= _matching(entry, model, names)
     penalty = {"weight_decay": weight_decay, "l1": l1}
     penalised = {key: value for key, value in penalty.items() if value is not None}
     options: dict[Tensor, dict[str, Any]] = {
-        param: {"weight_decay": 0.0, "l1": 0.0} if param in unpenalised else dict(penalised)
-        for param in names
+        param: dict(NO_PENALTY if param in unpenalised else penalised) for param in names
     }
+    decided = set(unpenalised)
     for pattern, chosen in (overrides or {}).items():
         for matched in _matching(pattern, model, names):
             options[matched].update(chosen)
+            if chosen.keys() & NO_PENALTY.keys():
+                decided.add(matched)
+    if not penalised or any(penalised.values()):  # else nothing is penalised anyway
+        _refuse({param: why for param, why in unclear.items() if param not in decided}, names)
 
     groups: list[dict[str, Any]] = []
     for tensor, wanted in options.items():
@@ -88,16 +111,62 @@ def param_groups(
     return groups
 
 
-def _unpenalised_by_role(model: nn.Module, names: Mapping[Tensor, list[str]]) -> set[Tensor]:
-    found = {
-        param
-        for param, known_as in names.items()
-        if param.dim() <= 1 or any(name.rpartition(".")[2] == "bias" for name in known_as)
-    }
+def _by_role(
+    model: nn.Module, names: Mapping[Tensor, list[str]]
+) -> tuple[set[Tensor], dict[Tensor, str]]:
+    """The unpenalised parameters, and those of which only the user can say it, with the reason."""
+    unpenalised, unclear = set(), {}
+    for param, known_as in names.items():
+        hidden = _hidden_dimensions(param)
+        if any(_is_bias(name) for name in known_as) or (not hidden and param.dim() <= 1):
+            unpenalised.add(param)
+        elif hidden:
+            unclear[param] = hidden
     for module in model.modules():
-        if isinstance(module, NORM_LAYERS):
-            found.update(module.parameters(recurse=False))
-    return found
+        exempt = isinstance(module, NORM_LAYERS)
+        if exempt:
+            unpenalised.update(module.parameters(recurse=False))
+        for weight in formed(module):
+            shaped = {param for param, role in weight.roles.items() if role != "size"}
+            if exempt or _is_bias(weight.name) or shaped <= unpenalised:
+                unpenalised.update(weight.roles)
+                continue
+            for param, role in weight.roles.items():
+                if role == "direction" or (role == "unknown" and not param.requires_grad):
+                    unpenalised.add(param)
+                elif role == "size":
+                    unpenalised.discard(param)  # that of a whole matrix has no dimensions
+                elif role == "unknown":
+                    unclear[param] = "a penalty on it would be none on the weight formed from it"
+    return unpenalised, unclear
+
+
+def _is_bias(name: str) -> bool:
+    """Biases, and those of attention and recurrent layers: bias_k, bias_ih_l0."""
+    last = name.rpartition(".")[2]
+    return last == "bias" or last.startswith("bias_")
+
+
+def _hidden_dimensions(param: Tensor) -> str:
+    """Why a parameter does not show how many dimensions it has; empty where it does."""
+    if is_lazy(param):
+        return "it is uninitialized: run a forward pass with a dummy batch first"
+    if spread_of(param) == FLATTENED and param.dim() <= 1:
+        return (
+            "FullyShardedDataParallel flattened it: use fully_shard, or make the groups before "
+            "wrapping and wrap with use_orig_params=True"
+        )
+    return ""
+
+
+def _refuse(unclear: Mapping[Tensor, str], names: Mapping[Tensor, list[str]]) -> None:
+    """Raise for parameters of which only the user can say whether they are penalised."""
+    for why in unclear.values():
+        which = ", ".join(repr(names[param][0]) for param, other in unclear.items() if other == why)
+        raise ValueError(
+            f"cannot tell whether to penalise {which} ({why}). Name it in no_decay, or give it a "
+            "weight_decay or l1 in overrides"
+        )
 
 
 def _matching(
@@ -157,9 +226,20 @@ class Sparsity(dict[str, Zeros]):
 
 
 def sparsity(model: nn.Module) -> Sparsity:
-    """Count the exact zeros (`== 0`, not merely small) of every parameter of a model.
+    """Count the exact zeros (`== 0`, not merely small) of every weight of a model.
 
-    A tied weight is counted once. The counts are read from the device in one transfer.
+    A weight that a module forms from other parameters, by a parametrization, weight_norm,
+    spectral_norm or a mask of `torch.nn.utils.prune`, is counted in their place, under its own name
+    (`"0.weight"`) and as a forward in eval mode reads it. A weight that several modules share is
+    counted once, but where each of them has a mask or parametrization of its own, each counts.
+
+    The counts are read from the device in one transfer; the model is left as it is. Of DTensors the
+    whole is counted, so that every rank must call this; under FullyShardedDataParallel call it
+    within `summon_full_params`.
+
+    Raises:
+        ValueError: a parameter of a lazy module has no shape yet.
+        RuntimeError: a parameter is on the meta device.
 
     >>> model = nn.Linear(4, 2)
     >>> with torch.no_grad():
@@ -172,13 +252,35 @@ def sparsity(model: nn.Module) -> Sparsity:
     >>> sparsity(model)["weight"].zeros
     4
     """
-    named = list(model.named_parameters())
-    if not named:
+    _check_has_data(model)
+    with torch.no_grad():
+        counted = [(name, _zeros(weight), weight.numel()) for name, weight in weights(model)]
+    if not counted:
         return Sparsity()
-    device = named[0][1].device
-    counts = [whole((param.detach() == 0).sum()).to(device) for _, param in named]
-    zeros = torch.stack(counts).tolist()
+    device = counted[0][1].device
+    zeros = torch.stack([count.to(device) for _, count, _ in counted]).tolist()
     return Sparsity(
-        (name, Zeros(int(count), param.numel()))
-        for (name, param), count in zip(named, zeros, strict=True)
+        (name, Zeros(int(count), numel))
+        for (name, _, numel), count in zip(counted, zeros, strict=True)
     )
+
+
+def _check_has_data(model: nn.Module) -> None:
+    """Refuse parameters that have no values to count."""
+    for name, param in model.named_parameters():
+        if is_lazy(param):
+            raise ValueError(
+                f"Attempted to count the zeros of {name!r}, an uninitialized parameter: run a "
+                "forward pass with a dummy batch first"
+            )
+        if param.is_meta:
+            raise RuntimeError(
+                f"Cannot count the zeros of {name!r}, a meta tensor; no data! Call "
+                "torch.nn.Module.to_empty(), then initialise or load it"
+            )
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    """How many entries are 0, as a tensor; what a sparse layout leaves out is 0."""
+    dense = weight if weight.layout == torch.strided else weight.to_dense()
+    return whole((dense == 0).sum())

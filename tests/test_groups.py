@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fusedreg
 
 from compare import frozen
+from ranks import on_every_rank
 
 Groups = list[dict[str, Any]]
 
@@ -213,6 +217,131 @@ def test_model_without_parameters_has_no_groups() -> None:
     assert fusedreg.param_groups(nn.ReLU(), weight_decay=0.1) == []
 
 
+def test_biases_of_attention_and_of_recurrent_layers_are_not_penalised() -> None:
+    """Attention has two of three dimensions: bias_k and bias_v."""
+    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    groups = fusedreg.param_groups(attention, weight_decay=0.1)
+    assert penalised(groups) == {"in_proj_weight", "out_proj.weight"}
+    groups = fusedreg.param_groups(nn.GRU(2, 3), weight_decay=0.1)
+    assert penalised(groups) == {"weight_ih_l0", "weight_hh_l0"}
+
+
+def test_lists_dicts_shared_modules_and_padding_are_grouped_like_all() -> None:
+    model = nn.Module()
+    model.list = nn.ParameterList([torch.ones(2, 3), torch.ones(3)])
+    model.dict = nn.ParameterDict({"weight": torch.ones(2, 3), "bias": torch.ones(2, 3)})
+    model.embed = nn.Embedding(4, 3, padding_idx=1)
+    model.one = nn.Sequential(nn.Linear(2, 3))
+    model.other = model.one
+    groups = fusedreg.param_groups(model, weight_decay=0.1)
+    assert penalised(groups) == {"list.0", "dict.weight", "embed.weight", "one.0.weight"}
+    assert penalised(fusedreg.param_groups(model, l1=0.1, no_decay=["other.*"])) == {
+        "list.0",
+        "dict.weight",
+        "embed.weight",
+    }
+    report = fusedreg.sparsity(model)
+    assert list(report) == [name for name, _ in model.named_parameters()]
+    assert report["embed.weight"] == (3, 12)  # the row of the padding
+
+
+PREFIXES: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "compiled": (partial(torch.compile, backend="eager"), "_orig_mod."),
+    "data_parallel": (nn.DataParallel, "module."),
+    "averaged": (torch.optim.swa_utils.AveragedModel, "module."),
+}
+
+
+@pytest.mark.parametrize(("wrap", "prefix"), PREFIXES.values(), ids=PREFIXES)
+def test_a_wrapped_model_is_split_as_without_the_wrapper(
+    wrap: Callable[[nn.Module], Any], prefix: str
+) -> None:
+    model = wrap(Net())
+    groups = fusedreg.param_groups(model, weight_decay=0.1)
+    assert penalised(groups) == {prefix + name for name in MATRICES}
+    assert list(fusedreg.sparsity(model)) == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_split_needs_no_values(device: str) -> None:
+    with torch.device(device):
+        model = Net()
+    assert penalised(fusedreg.param_groups(model, weight_decay=0.1)) == MATRICES
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv1d(2, 3), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"l1": 0.1}, {"overrides": {"*": {"lr": 0.1}}}], ids=str)
+def test_lazy_parameters_are_refused_by_name(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"'0.weight', '2.weight' \(.*forward pass.*no_decay"):
+        fusedreg.param_groups(lazy(), **arguments)
+
+
+def test_lazy_parameters_are_taken_where_it_is_said_or_clear_what_they_get() -> None:
+    assert not penalised(fusedreg.param_groups(lazy(), weight_decay=0.0, l1=0.0))
+    model = lazy()
+    groups = fusedreg.param_groups(
+        model, weight_decay=0.1, no_decay=["0.*"], overrides={"2.weight": {"weight_decay": 0.2}}
+    )
+    assert penalised(groups) == {"2.weight"}
+    model(torch.ones(2, 3, 5))
+    assert penalised(fusedreg.param_groups(model, l1=0.1)) == {"0.weight", "2.weight"}
+
+
+class Sharded(nn.Module):
+    """With zeros in the first row of the weight and in the bias of the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.odd = nn.Parameter(torch.ones(3))
+        with torch.no_grad():
+            self.linear.weight[0] = 0.0
+            self.linear.bias.fill_(1.0)
+
+
+ZEROS = {
+    "odd": (0, 3),
+    "linear.weight": (5, 20),
+    "linear.bias": (0, 4),
+    "norm.weight": (0, 4),
+    "norm.bias": (4, 4),
+}
+
+
+@on_every_rank
+def test_parts_of_dtensors_are_split_and_counted_as_the_whole() -> None:
+    model = Sharded()
+    fully_shard(model)
+    assert penalised(fusedreg.param_groups(model, l1=0.1)) == {"linear.weight"}
+    assert fusedreg.sparsity(model) == ZEROS
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@on_every_rank
+def test_flattened_parameters_are_refused_and_counted_when_summoned(use_orig_params: bool) -> None:
+    """A matrix of which each rank has a part as a vector is no bias."""
+    net = Sharded()
+    groups = fusedreg.param_groups(net, l1=0.1)
+    model = FullyShardedDataParallel(
+        net, device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    named = "linear.weight'" if use_orig_params else "_flat_param' "
+    with pytest.raises(ValueError, match=f"{named}.*flattened it: use fully_shard"):
+        fusedreg.param_groups(model, l1=0.1)
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        assert fusedreg.sparsity(model) == ZEROS
+    if use_orig_params:  # the parameters are the same ones, so that the groups hold
+        assert {id(p) for p in net.parameters()} == {
+            id(p) for group in groups for _, p in group["params"]
+        }
+        arguments = {"overrides": {"*linear.weight": {"l1": 0.2}}, "no_decay": ["*odd"]}
+        assert len(penalised(fusedreg.param_groups(model, l1=0.1, **arguments))) == 1
+
+
 # ---- sparsity ----------------------------------------------------------------------------------
 
 
@@ -274,3 +403,31 @@ def test_sparsity_leaves_the_model_alone() -> None:
     fusedreg.sparsity(model)
     assert frozen(list(model.parameters())) == before
     assert all(param.requires_grad and param.grad is None for param in model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_dense"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_what_a_sparse_layout_leaves_out_is_zero(layout: str) -> None:
+    model = nn.Module()
+    entries = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
+    model.weight = nn.Parameter(getattr(entries, layout)())
+    with torch.no_grad():
+        values = model.weight.values() if layout == "to_sparse_csr" else None
+        if values is not None:
+            values[0] = 0.0  # one that is stored
+    assert fusedreg.sparsity(model)["weight"] == (4 if values is None else 5, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_frozen_parameters_of_narrow_dtypes_are_counted_and_grouped(dtype: torch.dtype) -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.eye(3).to(dtype), requires_grad=False)
+    assert fusedreg.sparsity(model)["weight"] == (6, 9)
+    assert penalised(fusedreg.param_groups(model, l1=0.1)) == {"weight"}
+
+
+def test_parameters_without_values_cannot_be_counted() -> None:
+    with pytest.raises(RuntimeError, match=r"'0.weight', a meta tensor; no data!.*to_empty\(\)"):
+        fusedreg.sparsity(nn.Sequential(nn.Linear(3, 2, device="meta")))
+    with pytest.raises(ValueError, match=r"'0.weight', an uninitialized parameter.*dummy batch"):
+        fusedreg.sparsity(lazy())

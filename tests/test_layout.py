@@ -27,6 +27,7 @@ LAYERS = [
     "inventory",
     "tables",
     "engine",
+    "parametrized",
     "groups",
     "momentum",
     "optimizer",

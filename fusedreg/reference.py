@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fusedreg import scalars
 from fusedreg.penalty import soft_threshold, subgradient
 from fusedreg.scalars import Flag, Number, is_zero, number, select, wide_dtype
 
@@ -232,7 +231,7 @@ def _blocks(
     size = BLOCK_BYTES // compute_dtype(param).itemsize
     # On an accelerator blocks would be nothing but more launches.
     small = as_real(param).numel() <= size
-    if small or not scalars.on_host(param) or rule.device_rule(settings) is None:
+    if small or param.device.type != "cpu" or rule.device_rule(settings) is None:
         return [whole]
     tensors = {name: state[name] for name in rule.tensor_states if name in state}
     counts = {name: state[name] for name in rule.scalar_states if name in state}

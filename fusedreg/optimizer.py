@@ -418,16 +418,20 @@ class FusedOptimizer(Optimizer):
         self._opt_called = True
         loss = None
         grad_mode = torch.is_grad_enabled()
-        # No context manager: an interrupt between its two halves would leave the mode changed.
+        # No context manager: an interrupt inside its entry would leave the mode changed. And twice:
+        # one may come before the first of two statements, or between them.
         try:
-            if closure is not None:
-                torch._C._set_grad_enabled(True)
-                loss = closure()
-            torch._C._set_grad_enabled(False)
-            self._step()
-        except BaseException:
-            self._plan = None  # it may not say any more what its tables hold
-            raise
+            try:
+                if closure is not None:
+                    torch._C._set_grad_enabled(True)
+                    loss = closure()
+                torch._C._set_grad_enabled(False)
+                self._step()
+            except BaseException:
+                self._plan = None  # it may not say any more what its tables hold
+                raise
+            finally:
+                torch._C._set_grad_enabled(grad_mode)
         finally:
             torch._C._set_grad_enabled(grad_mode)
         return loss

@@ -74,7 +74,7 @@ def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
         states, counts, line: how many states, counts and numbers of a group they take. Here
             triton's compiler sees to that, in the first launch.
     """
-    return known(rule)
+    return known(rule, counts)
 
 
 def norms(
@@ -121,7 +121,7 @@ def rows(
     grad_norm: Tensor | None = None,
     skipped: Tensor | None = None,
 ) -> None:
-    """Write the row of every tensor and advance its counts.
+    """Write the row of every tensor, with its new counts, which `step` stores.
 
     Args:
         table, grads: as for `norms`.
@@ -202,11 +202,12 @@ def step(
     squares: Tensor | None,
     walk: Walk,
     *,
+    counts: tuple[torch.dtype, ...],
     decoupled: bool,
     prox: bool,
     shrink: bool,
 ) -> None:
-    """Step every tensor that has a gradient.
+    """Step every tensor that has a gradient, and its counts with it.
 
     Args:
         table, grads: as for `norms`.
@@ -214,6 +215,7 @@ def step(
         squares: what the function of that name wrote, for a layerwise rule, summed over ranks;
             None for any other.
         walk: what the kernel is compiled for.
+        counts: dtypes of the counts, as for `rows`.
         decoupled, prox: which further hooks any of the groups needs.
         shrink: whether the L1 threshold leaves out the gain of each element.
     """
@@ -228,6 +230,7 @@ def step(
         rows,
         squares,
         table.tensors,
+        COUNT_DTYPES=tuple(DTYPES[count] for count in counts),
         DECOUPLED=penalty.decoupled if decoupled else None,
         PROX=(penalty.shrink if shrink else penalty.prox) if prox else None,
         TRUST=None if squares is None else trust_ratio,

@@ -24,7 +24,7 @@ class Table(NamedTuple):
     first_chunks: Tensor
     """int32, (tensors,)."""
     owners: Tensor
-    """int32, (chunks,): the tensor of each chunk."""
+    """int32, (chunks,): the tensor of each chunk. Each has one at least, which may be empty."""
     tensors: int
     chunks: int
     elements: int
@@ -71,7 +71,7 @@ def build(
     chunk = chunk or CHUNK
     host = torch.device("cpu")  # whatever the default device is
     sizes = torch.tensor(numels, dtype=torch.int64, device=host)
-    counts = (sizes + (chunk - 1)).div(chunk, rounding_mode="floor")
+    counts = (sizes + (chunk - 1)).div(chunk, rounding_mode="floor").clamp(min=1)
     first_chunks = counts.cumsum(0) - counts
     owners = torch.repeat_interleave(torch.arange(len(numels), device=host), counts)
     table = Table(

@@ -155,11 +155,26 @@ def test_norms_of_tensors_come_from_their_own_bucket(path: str) -> None:
             for param in parameters_of(each)[4::5]:
                 param.grad = None if seed == 1 else param.grad
             each.step()
-    # Rows for five buckets; squares, their fold and the step for the four that have elements.
-    assert optimizer.launches == 5 + 4 * 3
+    # Rows, squares, their fold and the step for each bucket, also for the one without elements.
+    assert optimizer.launches == 5 * 4
     for mine, other in zip(*map(parameters_of, (optimizer, reference)), strict=True):
         # In float64 beta**t is seen: 1 - 0.999**t is off by 2**-52 / 0.001, the root by half of it.
         assert_close([mine], [other], 8 + 2 * 500 * (mine.dtype == torch.float64))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_counts_of_an_empty_tensor_advance(path: str, clip: float | None) -> None:
+    """Alone, beside others, and not without a gradient, as a tensor with elements has them."""
+    for shapes in ([(0,)], [(3, 0), (0,), (5,)]):
+        params = parameters(shapes=shapes)
+        optimizer = fusedreg.RMSprop(params, momentum=0.5, l1=0.1, max_grad_norm=clip)
+        optimizer.param_groups[0].update(PATHS.get(path, {"fused": False}))
+        run(optimizer, 2)
+        params[0].grad = None
+        optimizer.step()
+        states = [optimizer.state[param] for param in params]
+        assert [state["step"] for state in states] == [2] + [3] * (len(params) - 1)
+        assert [state["momentum_mass"] for state in states] == [1.5] + [1.75] * (len(params) - 1)
 
 
 @pytest.mark.parametrize("case", **by_id(SOME))

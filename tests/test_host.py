@@ -578,6 +578,27 @@ def test_a_wrong_rule_is_refused_before_anything_changes(
     assert after == before
 
 
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_row_has_place_for_scalars_and_counts(
+    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number more is refused before anything changes."""
+    widest = rules.WIDEST - len(own.Own.scalar_states)
+
+    rule = rules.Rule(own.own_scalars, own.own, widest + 1)
+    monkeypatch.setattr(own.Own, "rule", rule)
+    params = parameters(shapes=[(3,)])
+    set_grads(params, 0)
+    before = frozen(params)
+    words = rf"Invalid width value: {widest + 1} \(a row has place for {widest} scalars"
+    with pytest.raises(ValueError, match=words):
+        own.Own(params, fused=fused).step()
+    assert frozen(params) == before
+    assert rules.known(rule._replace(width=widest), counts=1).width == widest
+    with pytest.raises(ValueError, match="Invalid width value: -1"):
+        rules.known(rule._replace(width=-1))
+
+
 @pytest.mark.parametrize("what", [what for what, (*_, words) in WRONG.items() if words])
 def test_triton_says_what_is_wrong_with_a_rule(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong, _, words = WRONG[what]

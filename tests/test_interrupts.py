@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import _thread
 import importlib
+import itertools
+import os
+import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import fusedreg
+
+from cases import parameters, set_grads
+from compare import parameters_of
 
 launch: Any = importlib.import_module("fusedreg.kernels.host.launch")
 
@@ -23,7 +32,7 @@ def threads() -> Iterator[int]:
 
 
 def wait_for_threads(before: int) -> None:
-    """Until those that have let go of their lock have ended, a few instructions later."""
+    """Until no more threads than `before` are there: an ended one goes a moment later."""
     deadline = time.monotonic() + 10
     while _thread._count() > before:
         assert time.monotonic() < deadline
@@ -120,7 +129,7 @@ def test_no_thread_outlives_a_step(threads: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launch, "_on_new_threads", watched)
     param = torch.zeros(launch.CHUNK * 40, requires_grad=True)
     param.grad = torch.ones_like(param)
-    optimizer = importlib.import_module("fusedreg").SGD([param], lr=1.0)
+    optimizer = fusedreg.SGD([param], lr=1.0)
     optimizer.step()
     assert param.unique().tolist() == [-1.0]
     assert len(others) == threads - 1
@@ -128,3 +137,104 @@ def test_no_thread_outlives_a_step(threads: int, monkeypatch: pytest.MonkeyPatch
     assert isinstance(work, array)
     assert work.buffer_info()[0] == address
     wait_for_threads(before)
+
+
+# ---- a step --------------------------------------------------------------------------------------
+
+ROOT = Path(fusedreg.__file__).resolve().parent.parent
+OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in ("fusedreg", "kernels"))
+EVERY = 2
+"""Lines from one interrupt to the next that is tried."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """No other code raises it."""
+
+
+def interrupted(action: Callable[[], Any], at: int) -> bool:
+    """Whether `action` has a line of this package with that number, before which it is interrupted.
+
+    As by Ctrl-C, an exception comes between any two lines.
+    """
+    lines = 0
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at:
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def everything(optimizer: Any) -> list[list[torch.Tensor]]:
+    """Value, moments and counts of each parameter."""
+    return [[p.detach(), *optimizer.state[p].values()] for p in parameters_of(optimizer)]
+
+
+def copies(of: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    return [[value.clone() for value in values] for values in of]
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, one, other))
+
+
+RUNS = {
+    "AdamW": lambda params: fusedreg.AdamW(params, amsgrad=True, max_grad_norm=1.0, l1=0.1),
+    "SGD": lambda params: fusedreg.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
+    "RMSprop": lambda params: fusedreg.RMSprop(params, momentum=0.5, skip_nonfinite=True),
+    "LAMB": lambda params: fusedreg.LAMB(params, max_grad_norm=1.0),
+}
+
+
+@pytest.mark.parametrize("threaded", ["one thread", "openmp", "own threads"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_parameter_is_stepped_with_its_states_or_not_at_all(
+    name: str, threaded: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a step is interrupted: counts, moments and value are all before it or all after."""
+    if threaded == "one thread":
+        torch.set_num_threads(1)
+    if threaded == "own threads":
+        monkeypatch.setattr(launch, "_openmp", lambda: None)
+        monkeypatch.setattr(launch, "START", 1)
+    running = _thread._count()
+    size = launch.CHUNK + 5
+    params = [*parameters(0, torch.float32, [(size,), (0,), (7,)]), *parameters(1)]
+    optimizer = RUNS[name](params)
+    set_grads(params, 0)
+    optimizer.step()
+    assert optimizer.backend == "llvm"
+    live, before = everything(optimizer), copies(everything(optimizer))
+    optimizer.step()
+    after = copies(live)
+    seen: set[str] = set()
+    for at in itertools.count(1, EVERY):
+        for values, old in zip(live, before, strict=True):
+            for value, saved in zip(values, old, strict=True):
+                value.copy_(saved)
+        if not interrupted(optimizer.step, at):
+            break
+        found = copies(live)
+        wait_for_threads(running)
+        assert all(map(equal, found, live)), f"interrupted before line {at}, a thread went on"
+        for values, old, new in zip(live, before, after, strict=True):
+            where = "before" if equal(values, old) else "after" if equal(values, new) else "between"
+            assert where != "between", f"interrupted before line {at}"
+            seen.add(where)
+    assert seen == {"before", "after"}
+    assert at > 100
+    assert all(map(equal, live, after)), "the step after an interrupt is like any other"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from _thread import LockType, allocate_lock, start_new_thread
+from _thread import start_new_thread
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import repeat
+from time import sleep
 from typing import Any
 
 import torch
@@ -91,38 +92,38 @@ def _work(*args: Tensor | int | None) -> array[int]:
 
 def _on_new_threads(others: int, loop: Any, address: int, kept: Any) -> None:
     """Do a loop on this thread and `others`, which hold what is `kept` and end before this does."""
-    ends = [allocate_lock() for _ in range(others)]
-    for end in ends:
-        end.acquire()
-
-    def share(end: LockType, kept: Any) -> None:
-        loop(address)
-        end.release()
-
     started: list[int] = []
+    ended: list[Any] = []
+
+    def share(kept: Any) -> None:
+        loop(address)
+        ended.append(None)
+
     try:
         # In one call, before or after which an interrupt comes: so it is known what has started.
         with suppress(RuntimeError):  # there may be no more threads; fewer take all chunks too
-            started.extend(map(start_new_thread, repeat(share), zip(ends, repeat(kept))))
-    finally:
-        _finish(loop, address, ends, started)
+            started.extend(map(start_new_thread, repeat(share, others), repeat((kept,))))
+        _finish(loop, address, started, ended)
+    except BaseException:  # also one that comes as that function begins
+        _finish(loop, address, started, ended)
+        raise
 
 
-def _finish(loop: Any, address: int, ends: Sequence[LockType], started: Sequence[int]) -> None:
+def _finish(loop: Any, address: int, started: Sequence[Any], ended: Sequence[Any]) -> None:
     """Do all chunks that are left and wait for the threads, however often this is interrupted."""
     try:
         loop(address)  # where none is left, it does nothing
-        for end, _ in zip(ends, started, strict=False):
-            with end:
-                pass
+        # Each is at its last chunk. A lock could be lost to an interrupt just after it is taken.
+        while len(ended) < len(started):
+            sleep(0)
     except BaseException:
-        _finish(loop, address, ends, started)
+        _finish(loop, address, started, ended)
         raise
 
 
 def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
     """The device functions of a rule, checked; arguments as in ../launch.py."""
-    found = known(rule)
+    found = known(rule, counts)
     check(found, states, counts, line - LINE_WIDTH.value)
     return found
 
@@ -159,7 +160,7 @@ def rows(
     grad_norm: Tensor | None = None,
     skipped: Tensor | None = None,
 ) -> None:
-    """Write the row of every tensor and advance its counts; arguments as in ../launch.py."""
+    """Write the row of every tensor, with its new counts; arguments as in ../launch.py."""
     assert (grad_scale, found_inf) == (None, None), "the host reads them, so `numbers` has them"
     loop = rows_loop(rule, states, counts, line - LINE_WIDTH.value, partials is not None)
     work = _work(
@@ -210,13 +211,15 @@ def step(
     squares: Tensor | None,
     walk: Walk,
     *,
+    counts: tuple[torch.dtype, ...],
     decoupled: bool,
     prox: bool,
     shrink: bool,
 ) -> None:
-    """Step every tensor that has a gradient; arguments as in ../launch.py."""
+    """Step every tensor that has a gradient, and its counts; arguments as in ../launch.py."""
     loop = step_loop(
         _kind(walk),
+        counts,
         penalty.decoupled if decoupled else None,
         (penalty.shrink if shrink else penalty.prox) if prox else None,
         None if squares is None else trust_ratio,

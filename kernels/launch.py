@@ -23,11 +23,11 @@ from fusedreg.kernels.engine import fold_kernel, squares_kernel, step_kernel
 from fusedreg.kernels.norms import norm_kernel
 from fusedreg.kernels.rows import rows_kernel
 from fusedreg.kernels.rules import Rule, known, trust_ratio
-from fusedreg.kernels.table import CHUNK, Table, Walk, build, constants, send
+from fusedreg.kernels.table import CHUNK, Table, Walk, build, constants, move, send
 
 __all__ = [
-    "DTYPES", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "norms",
-    "penalties", "rows", "rule_of", "run", "send", "squares", "step",
+    "DTYPES", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "move",
+    "norms", "penalties", "rows", "rule_of", "run", "send", "squares", "step",
 ]  # fmt: skip
 
 NAME = "triton"

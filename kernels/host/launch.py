@@ -32,11 +32,11 @@ from fusedreg.kernels.host.engine import (
     step_loop,
 )
 from fusedreg.kernels.rules import Rule, known, trust_ratio
-from fusedreg.kernels.table import Table, Walk, constants, send
+from fusedreg.kernels.table import Table, Walk, constants, move, send
 
 __all__ = [
-    "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "norms", "penalties",
-    "rows", "rule_of", "send", "squares", "step",
+    "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "move", "norms",
+    "penalties", "rows", "rule_of", "send", "squares", "step",
 ]  # fmt: skip
 
 NAME = "llvm"

@@ -365,13 +365,14 @@ def test_steps_are_vectorised_and_never_contracted(
 ) -> None:
     """A product and a sum stay two roundings, and no float32 becomes a float64 on its way."""
     modules: list[str] = []
-    assembled = build.assembled
+    optimised = build.optimised
 
-    def keep(function: Any) -> Any:
-        modules.append(str(assembled(function)))
-        return assembled(function)
+    def keep(text: str, machine: Any) -> Any:
+        modules.append(str(optimised(text, machine)))
+        return optimised(text, machine)
 
-    monkeypatch.setattr(build, "assembled", keep)
+    monkeypatch.setenv("FUSEDREG_CACHE", "0")
+    monkeypatch.setattr(build, "optimised", keep)
     for loop in (engine.norm_loop, engine.step_loop):
         loop.cache_clear()
     run(case.make(parameters(dtype=torch.float32), "default", max_grad_norm=None), 1)
@@ -385,7 +386,10 @@ def test_steps_are_vectorised_and_never_contracted(
 def test_sums_of_squares_are_vectorised(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "built", build.assembled)
+    machine = build._machine()
+    monkeypatch.setattr(
+        engine, "built", lambda function: build.optimised(str(build.written(function)), machine)
+    )
     adam = engine.Kind(rules.known("adam"), 2, None, None, False, dtype, dtype, dtype)
     for loop, kind in ((engine.norm_loop, dtype), (engine.squares_loop, adam)):
         assert re.search(r"fadd reassoc <\d+ x double>", str(loop.__wrapped__(kind)))

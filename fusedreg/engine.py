@@ -280,6 +280,7 @@ class Plan:
             bucket.rows,
             bucket.squares,
             _walk(bucket, scaled),
+            counts=bucket.kind.counts,
             decoupled=bucket.hooks["decoupled"],
             prox=bucket.hooks["prox"],
             shrink=bucket.kind.shrink,

@@ -38,7 +38,7 @@ ROW_L1 = tl.constexpr(3)
 ROW_L2 = tl.constexpr(4)
 ROW_DECAY = tl.constexpr(5)  # decoupled, without lr
 ROW_THRESHOLD = tl.constexpr(6)
-ROW_RULE = tl.constexpr(7)
+ROW_RULE = tl.constexpr(7)  # the scalars of the rule, and after them the new counts
 ROW = tl.constexpr(16)
 
 

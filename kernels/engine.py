@@ -126,6 +126,19 @@ def pointers(
     return param_ptr, grad_ptr, state_ptrs
 
 
+@triton.jit
+def store_counts(
+    addresses, row, tensor, tensors, first,
+    COUNT: tl.constexpr, STATES: tl.constexpr, COUNT_DTYPES: tl.constexpr,
+):  # fmt: skip
+    """Store a tensor's new counts, which follow the rule's scalars in its row, in one program."""
+    for i in tl.static_range(len(COUNT_DTYPES)):
+        address = tl.load(addresses + (1 + STATES + i) * tensors + tensor)
+        ptr = address.to(tl.pointer_type(COUNT_DTYPES[i]))
+        new = tl.load(row + ROW_RULE + COUNT + i)
+        tl.store(ptr, new.to(COUNT_DTYPES[i]), mask=first & (address != 0))
+
+
 @triton.jit(do_not_specialize=["tensors"])
 def step_kernel(
     addresses,
@@ -139,6 +152,7 @@ def step_kernel(
     RULE: tl.constexpr,
     COUNT: tl.constexpr,
     STATES: tl.constexpr,
+    COUNT_DTYPES: tl.constexpr,
     SUBGRADIENT: tl.constexpr,
     COUPLED: tl.constexpr,
     DECOUPLED: tl.constexpr,
@@ -160,6 +174,7 @@ def step_kernel(
     if tl.load(row + ACTIVE) != 0.0:
         numel = tl.load(numels + tensor)
         begin = (chunk - tl.load(first_chunks + tensor)).to(tl.int64) * CHUNK
+        store_counts(addresses, row, tensor, tensors, begin == 0, COUNT, STATES, COUNT_DTYPES)
         param_ptr, grad_ptr, state_ptrs = pointers(
             addresses, grads, tensor, tensors, STATES, PARAM, GRAD, STATE, ALIGNED
         )

@@ -23,11 +23,11 @@ from fusedreg.kernels.engine import fold_kernel, squares_kernel, step_kernel
 from fusedreg.kernels.norms import norm_kernel
 from fusedreg.kernels.rows import rows_kernel
 from fusedreg.kernels.rules import Rule, known, trust_ratio
-from fusedreg.kernels.table import CHUNK, Table, Walk, build, constants, send
+from fusedreg.kernels.table import CHUNK, Table, Walk, build, constants, move, send
 
 __all__ = [
     "ALIGNMENT", "DTYPES", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line",
-    "norms", "penalties", "rows", "rule_of", "run", "send", "squares", "step", "with_lr",
+    "move", "norms", "penalties", "rows", "rule_of", "run", "send", "squares", "step", "with_lr",
 ]  # fmt: skip
 
 NAME = "triton"
@@ -76,7 +76,7 @@ def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
         states, counts, line: how many states, counts and numbers of a group they take. Here
             triton's compiler sees to that, in the first launch.
     """
-    return known(rule)
+    return known(rule, counts)
 
 
 def norms(
@@ -123,7 +123,7 @@ def rows(
     grad_norm: Tensor | None = None,
     skipped: Tensor | None = None,
 ) -> None:
-    """Write the row of every tensor and advance its counts.
+    """Write the row of every tensor, with its new counts, which `step` stores.
 
     Args:
         table, grads: as for `norms`.
@@ -204,11 +204,12 @@ def step(
     squares: Tensor | None,
     walk: Walk,
     *,
+    counts: tuple[torch.dtype, ...],
     decoupled: bool,
     prox: bool,
     shrink: bool,
 ) -> None:
-    """Step every tensor that has a gradient.
+    """Step every tensor that has a gradient, and its counts with it.
 
     Args:
         table, grads: as for `norms`.
@@ -216,6 +217,7 @@ def step(
         squares: what the function of that name wrote, for a layerwise rule, summed over ranks;
             None for any other.
         walk: what the kernel is compiled for.
+        counts: dtypes of the counts, as for `rows`.
         decoupled, prox: which further hooks any of the groups needs.
         shrink: whether the L1 threshold leaves out the gain of each element.
     """
@@ -230,6 +232,7 @@ def step(
         rows,
         squares,
         table.tensors,
+        COUNT_DTYPES=tuple(DTYPES[count] for count in counts),
         DECOUPLED=penalty.decoupled if decoupled else None,
         PROX=(penalty.shrink if shrink else penalty.prox) if prox else None,
         TRUST=None if squares is None else trust_ratio,

@@ -2,8 +2,11 @@
 
 One program takes a block of tensors. It folds the partial norms into the total (every program for
 itself: the same sum in the same order), forms the clip factor, decides whether the step is skipped,
-advances what the rule counts, and writes the rows that engine.py reads. Who fills in these numbers
-is all that clipping, loss scaling, graph capture and distribution change.
+and writes the rows that engine.py reads. Who fills in these numbers is all that clipping, loss
+scaling, graph capture and distribution change.
+
+New counts go into the row too. The step kernel stores them, so that a tensor and its counts change
+in one launch: an exception between two launches leaves all of it as it was.
 """
 
 from __future__ import annotations
@@ -115,6 +118,4 @@ def rows_kernel(
     for i in tl.static_range(COUNT):
         tl.store(row + ROW_RULE + i, scalars[i] + tl.zeros((BLOCK,), tl.float64), mask=inside)
     for i in tl.static_range(len(COUNT_DTYPES)):
-        address = tl.load(addresses + (1 + STATES + i) * tensors + tensor, mask=inside, other=0)
-        ptr = address.to(tl.pointer_type(COUNT_DTYPES[i]))
-        tl.store(ptr, new[i].to(COUNT_DTYPES[i]), mask=active & (address != 0))
+        tl.store(row + ROW_RULE + COUNT + i, new[i] + tl.zeros((BLOCK,), tl.float64), mask=inside)

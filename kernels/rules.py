@@ -322,11 +322,11 @@ RULES = {
 }
 
 WIDEST: int = ROW.value - ROW_RULE.value
-"""Scalars that a row has place for."""
+"""Scalars of a rule, and counts after them, that a row has place for."""
 
 
-def known(rule: Any) -> Rule:
-    """A rule of this module by its name, any other as it is."""
+def known(rule: Any, counts: int = 0) -> Rule:
+    """A rule of this module by its name, any other as it is; `counts` is how many it advances."""
     if isinstance(rule, str) and rule not in RULES:
         raise ValueError(f"Invalid device rule: {rule!r} (expected a Rule or one of {[*RULES]})")
     found = RULES[rule] if isinstance(rule, str) else rule
@@ -334,9 +334,10 @@ def known(rule: Any) -> Rule:
         raise TypeError(
             f"Invalid device rule: {found!r} (expected a Rule of two @triton.jit functions)"
         )
-    if not 0 <= found.width <= WIDEST:
+    if not 0 <= found.width <= WIDEST - counts:
         raise ValueError(
-            f"Invalid width value: {found.width} (a row has place for {WIDEST} scalars of a rule: "
-            "form what depends on others in the function of the elements)"
+            f"Invalid width value: {found.width} (a row has place for {WIDEST - counts} scalars of "
+            f"a rule beside {counts} scalar_states: form what depends on others in the function of "
+            "the elements)"
         )
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 CHUNK = 8192
 """Elements of one program of the step and of the norm on a GPU."""
+DTYPES = {"i": torch.int32, "q": torch.int64}
+"""Of an array's typecodes."""
 
 
 class Table(NamedTuple):
@@ -24,7 +28,7 @@ class Table(NamedTuple):
     first_chunks: Tensor
     """int32, (tensors,)."""
     owners: Tensor
-    """int32, (chunks,): the tensor of each chunk."""
+    """int32, (chunks,): the tensor of each chunk. Each has one at least, which may be empty."""
     tensors: int
     chunks: int
     elements: int
@@ -68,28 +72,50 @@ def build(
     Raises:
         RuntimeError: a mode is active in which new tensors have no memory.
     """
+    _check_memory(device)
     chunk = chunk or CHUNK
-    host = torch.device("cpu")  # whatever the default device is
-    sizes = torch.tensor(numels, dtype=torch.int64, device=host)
-    counts = (sizes + (chunk - 1)).div(chunk, rounding_mode="floor")
-    first_chunks = counts.cumsum(0) - counts
-    owners = torch.repeat_interleave(torch.arange(len(numels), device=host), counts)
-    table = Table(
-        addresses=_upload(torch.tensor(addresses, dtype=torch.int64, device=host), device),
-        numels=_upload(sizes, device),
-        groups=_upload(torch.tensor(groups, dtype=torch.int32, device=host), device),
-        first_chunks=_upload(first_chunks.to(torch.int32), device),
-        owners=_upload(owners.to(torch.int32), device),
+    # Python's lists, because a parallel operation of torch would wake all its threads.
+    counts = [max(1, -(-numel // chunk)) for numel in numels]
+    return Table(
+        addresses=_upload(_flat(addresses), device).view(len(addresses), len(numels)),
+        numels=_upload(_vector("q", numels), device),
+        groups=_upload(_vector("i", groups), device),
+        first_chunks=_upload(_vector("i", accumulate(counts[:-1], initial=0)), device),
+        owners=_upload(_vector("i", _repeated(counts)), device),
         tensors=len(numels),
-        chunks=owners.numel(),
+        chunks=sum(counts),
         elements=sum(numels),
     )
-    if type(table.addresses) is not Tensor or not table.addresses.data_ptr():
+
+
+def move(table: Table, addresses: Sequence[Sequence[int]]) -> None:
+    """Send other addresses, as `build` takes them, into the table of tensors that have moved."""
+    _check_memory(table.addresses.device)
+    send(_flat(addresses), table.addresses.view(-1))
+
+
+def _flat(addresses: Sequence[Sequence[int]]) -> Tensor:
+    return _vector("q", chain.from_iterable(addresses))
+
+
+def _repeated(counts: Sequence[int]) -> Iterable[int]:
+    """Each index as often as its count says."""
+    return chain.from_iterable(map(repeat, range(len(counts)), counts))
+
+
+def _vector(code: str, values: Iterable[int]) -> Tensor:
+    """A vector of the host, in the memory of an array."""
+    return torch.frombuffer(array(code, values), dtype=DTYPES[code])
+
+
+def _check_memory(device: torch.device) -> None:
+    """Raise where new tensors have no memory, though that of an array would not show it."""
+    new = torch.empty(1, device=device)
+    if type(new) is not Tensor or not new.data_ptr():
         raise RuntimeError(
             "Cannot make tables for kernels where new tensors have no memory, as inside a "
             "FakeTensorMode or torch.func.functionalize: step outside of it, or with fused=False"
         )
-    return table
 
 
 def send(values: Tensor, target: Tensor) -> None:
@@ -99,7 +125,9 @@ def send(values: Tensor, target: Tensor) -> None:
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on `device`."""
+    """A copy of a CPU tensor on `device`; for a CPU the tensor itself."""
+    if device.type == "cpu":
+        return values
     target = torch.empty_like(values, device=device)
     send(values, target)
     return target

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" not in os.environ or "FUSEDREG_CACHE" not in os.environ:
+    # What one test has compiled for the CPU, all processes of this run take from here.
+    _kernels = tempfile.TemporaryDirectory(prefix="fusedreg-")
+    os.environ["FUSEDREG_CACHE"] = _kernels.name
 
 if not torch.cuda.is_available():
     # Without a GPU, fused=True has its kernels interpreted. Triton reads this when it is imported,

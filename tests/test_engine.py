@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedreg
 from fusedreg import backend, engine
@@ -24,6 +25,7 @@ from fusedreg import backend, engine
 from cases import PATHS, SOME, Case, by_id, parameters, run, set_grads, tensors, ulp
 from compare import assert_close, assert_steps_agree, frozen, pair, parameters_of, results
 
+CPU = torch.device("cpu")
 CHUNK = 8192  # elements of one program, of which one block is 1024
 SIZES = [0, 1, 63, 64, 1023, 1024, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -155,11 +157,26 @@ def test_norms_of_tensors_come_from_their_own_bucket(path: str) -> None:
             for param in parameters_of(each)[4::5]:
                 param.grad = None if seed == 1 else param.grad
             each.step()
-    # Rows for five buckets; squares, their fold and the step for the four that have elements.
-    assert optimizer.launches == 5 + 4 * 3
+    # Rows, squares, their fold and the step for each bucket, also for the one without elements.
+    assert optimizer.launches == 5 * 4
     for mine, other in zip(*map(parameters_of, (optimizer, reference)), strict=True):
         # In float64 beta**t is seen: 1 - 0.999**t is off by 2**-52 / 0.001, the root by half of it.
         assert_close([mine], [other], 8 + 2 * 500 * (mine.dtype == torch.float64))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_counts_of_an_empty_tensor_advance(path: str, clip: float | None) -> None:
+    """Alone, beside others, and not without a gradient, as a tensor with elements has them."""
+    for shapes in ([(0,)], [(3, 0), (0,), (5,)]):
+        params = parameters(shapes=shapes)
+        optimizer = fusedreg.RMSprop(params, momentum=0.5, l1=0.1, max_grad_norm=clip)
+        optimizer.param_groups[0].update(PATHS.get(path, {"fused": False}))
+        run(optimizer, 2)
+        params[0].grad = None
+        optimizer.step()
+        states = [optimizer.state[param] for param in params]
+        assert [state["step"] for state in states] == [2] + [3] * (len(params) - 1)
+        assert [state["momentum_mass"] for state in states] == [1.5] + [1.75] * (len(params) - 1)
 
 
 @pytest.mark.parametrize("case", **by_id(SOME))
@@ -462,3 +479,58 @@ def test_bias_correction_for_any_count(beta: float, step: int) -> None:
     bound = ulp(torch.float32, before.abs().max().item()) / 0.1 + 8 * 2.0**-24 * first / second**0.5
     assert (moved - first / second**0.5).abs().max() <= bound
     assert state["step"] == step
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def test_a_table_says_which_tensor_each_chunk_is_of() -> None:
+    table = importlib.import_module("fusedreg.kernels.table")
+    numels = [3, 0, 20, 7, 8, 0]
+    built = table.build([range(6), range(6, 12)], numels, [0, 1, 0, 1, 0, 1], CPU, chunk=7)
+    assert built.addresses.tolist() == [[*range(6)], [*range(6, 12)]]
+    assert built.numels.tolist() == numels
+    assert built.groups.tolist() == [0, 1, 0, 1, 0, 1]
+    assert built.owners.tolist() == [0, 1, 2, 2, 2, 3, 4, 4, 5]
+    assert built.first_chunks.tolist() == [0, 1, 2, 5, 6, 8]
+    assert (built.tensors, built.chunks, built.elements) == (6, 9, 38)
+    dtypes = [value.dtype for value in built if isinstance(value, torch.Tensor)]
+    assert dtypes == [torch.int64] * 2 + [torch.int32] * 3
+
+
+def test_a_table_is_told_where_its_tensors_have_moved() -> None:
+    table = importlib.import_module("fusedreg.kernels.table")
+    built = table.build([[16, 32], [0, 48]], [3, 4], [0, 0], CPU)
+    place = built.addresses.data_ptr()
+    table.move(built, [[64, 32], [2**53 - 1, 80]])
+    assert built.addresses.tolist() == [[64, 32], [2**53 - 1, 80]]
+    assert built.addresses.data_ptr() == place
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="no memory"):
+        table.move(built, [[1, 2], [3, 4]])
+    with pytest.raises(RuntimeError, match="no memory"):
+        torch.func.functionalize(lambda x: (table.move(built, [[1, 2], [3, 4]]), x)[1])(
+            torch.ones(2)
+        )
+    assert built.addresses.tolist() == [[64, 32], [2**53 - 1, 80]]
+
+
+PARALLEL = """
+import torch, fusedreg
+from fusedreg.kernels.table import build, move
+torch.set_num_threads(4)
+threads = lambda: len(__import__("os").listdir("/proc/self/task"))
+before = threads()
+addresses = [[16] * 1000] * 4
+table = build(addresses, [8192 * 160] * 1000, [0] * 1000, torch.device("cpu"))
+assert table.chunks == 160_000
+move(table, addresses)
+assert threads() == before, "an operation of torch went parallel"
+torch.ones(2**20).exp()
+assert threads() > before  # as one would have
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks Linux for the threads of a process")
+def test_a_table_is_made_on_one_thread() -> None:
+    """Threads of torch would have to be woken, which takes milliseconds on a busy machine."""
+    subprocess.run([sys.executable, "-c", PARALLEL], check=True)

@@ -365,13 +365,14 @@ def test_steps_are_vectorised_and_never_contracted(
 ) -> None:
     """A product and a sum stay two roundings, and no float32 becomes a float64 on its way."""
     modules: list[str] = []
-    assembled = build.assembled
+    optimised = build.optimised
 
-    def keep(function: Any) -> Any:
-        modules.append(str(assembled(function)))
-        return assembled(function)
+    def keep(text: str, machine: Any) -> Any:
+        modules.append(str(optimised(text, machine)))
+        return optimised(text, machine)
 
-    monkeypatch.setattr(build, "assembled", keep)
+    monkeypatch.setenv("FUSEDREG_CACHE", "0")
+    monkeypatch.setattr(build, "optimised", keep)
     for loop in (engine.norm_loop, engine.step_loop):
         loop.cache_clear()
     run(case.make(parameters(dtype=torch.float32), "default", max_grad_norm=None), 1)
@@ -385,7 +386,10 @@ def test_steps_are_vectorised_and_never_contracted(
 def test_sums_of_squares_are_vectorised(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "built", build.assembled)
+    machine = build._machine()
+    monkeypatch.setattr(
+        engine, "built", lambda function: build.optimised(str(build.written(function)), machine)
+    )
     adam = engine.Kind(rules.known("adam"), 2, None, None, False, dtype, dtype, dtype)
     for loop, kind in ((engine.norm_loop, dtype), (engine.squares_loop, adam)):
         assert re.search(r"fadd reassoc <\d+ x double>", str(loop.__wrapped__(kind)))
@@ -576,6 +580,27 @@ def test_a_wrong_rule_is_refused_before_anything_changes(
         optimizer.step()
     after = [frozen([param, dict(optimizer.state[param])]) for param in parameters_of(optimizer)]
     assert after == before
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_row_has_place_for_scalars_and_counts(
+    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number more is refused before anything changes."""
+    widest = rules.WIDEST - len(own.Own.scalar_states)
+
+    rule = rules.Rule(own.own_scalars, own.own, widest + 1)
+    monkeypatch.setattr(own.Own, "rule", rule)
+    params = parameters(shapes=[(3,)])
+    set_grads(params, 0)
+    before = frozen(params)
+    words = rf"Invalid width value: {widest + 1} \(a row has place for {widest} scalars"
+    with pytest.raises(ValueError, match=words):
+        own.Own(params, fused=fused).step()
+    assert frozen(params) == before
+    assert rules.known(rule._replace(width=widest), counts=1).width == widest
+    with pytest.raises(ValueError, match="Invalid width value: -1"):
+        rules.known(rule._replace(width=-1))
 
 
 @pytest.mark.parametrize("what", [what for what, (*_, words) in WRONG.items() if words])

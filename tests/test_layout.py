@@ -43,7 +43,7 @@ LAYERS = [
 # them.
 KERNEL_LAYERS = {
     "": ["language", "table", "columns", "memory", "rules", "penalty", "norms", "rows", "engine"],
-    "host": ["values", "language", "build", "engine"],
+    "host": ["values", "language", "store", "build", "engine"],
 }
 
 

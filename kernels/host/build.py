@@ -9,10 +9,12 @@ from functools import cache
 from types import CellType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 from fusedreg.kernels.host import language
+from fusedreg.kernels.host.store import stored
 from fusedreg.kernels.host.values import INT64, Value
 from fusedreg.kernels.language import tl
 
@@ -68,16 +70,23 @@ def _on_host(value: Any) -> Any:
     return getattr(language, name, None) or device(value)
 
 
+FORMAT = 1
+"""Another number wherever `_machine` or `optimised` makes other code of the same text."""
+
+
 def _machine() -> llvm.TargetMachine:
     """What code is generated for; an engine takes its own and frees it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
-        opt=3,
-        jit=True,
-    )
+    cpu, features = _processor()
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
+
+
+@cache
+def _processor() -> tuple[str, str]:
+    """Name and features of the CPU of this process."""
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
 def written(function: Callable[[Value], None]) -> ir.Module:
@@ -92,10 +101,9 @@ def written(function: Callable[[Value], None]) -> ir.Module:
     return module
 
 
-def assembled(function: Callable[[Value], None]) -> llvm.ModuleRef:
-    """The same, optimised by LLVM."""
-    machine = _machine()
-    parsed = llvm.parse_assembly(str(written(function)))
+def optimised(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    """A module from its text, optimised by LLVM."""
+    parsed = llvm.parse_assembly(text)
     parsed.verify()
     tuning = llvm.PipelineTuningOptions(speed_level=3)
     passes = llvm.create_pass_builder(machine, tuning)
@@ -104,8 +112,17 @@ def assembled(function: Callable[[Value], None]) -> llvm.ModuleRef:
 
 
 def built(function: Callable[[Value], None]) -> Any:
-    """The function for ctypes, which lets go of the interpreter's lock when it is called."""
-    engine = llvm.create_mcjit_compiler(assembled(function), _machine())
+    """The function for ctypes, which lets go of the interpreter's lock when it is called.
+
+    It is written in every process, which takes a millisecond or two, and compiled where no file has
+    what the same text became on the same CPU.
+    """
+    text, machine = str(written(function)), _machine()
+    versions = (FORMAT, llvmlite.__version__, llvm.llvm_version_info)
+    source = "\n".join(map(str, (*versions, machine.triple, *_processor(), text)))
+    code = stored(source, lambda: machine.emit_object(optimised(text, machine)))
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     address = engine.get_function_address(function.__name__)
     entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)

@@ -162,6 +162,14 @@ def _check_length(function: Any, what: str, found: Any, expected: int, by: str) 
         )
 
 
+def _places(
+    addresses: Value, tensors: Value, tensor: Value, states: int, counts: int
+) -> list[Value]:
+    """Where the counts of a tensor are, 0 for one that it has not."""
+    slots = Pointer(addresses, torch.int64)
+    return [slots[tensors * (1 + states + i) + tensor] for i in range(counts)]
+
+
 def _count(address: Value, dtype: torch.dtype) -> Value:
     """A count, and 1 where a parameter has none."""
     count = Variable(address.constant(1.0))
@@ -174,7 +182,7 @@ def _count(address: Value, dtype: torch.dtype) -> Value:
 def rows_loop(
     rule: Any, states: int, counts: tuple[torch.dtype, ...], options: int, norm: bool
 ) -> Any:
-    """Writes the row of every tensor and advances its counts; see launch.py for the arguments.
+    """Writes the row of every tensor, with its new counts; see launch.py for the arguments.
 
     The address of what is not given is 0.
     """
@@ -203,8 +211,7 @@ def rows_loop(
         with count(first, tensors) as tensor:
             active = (skip == 0) & (Pointer(grads, torch.int64)[tensor] != 0)
             line = Pointer(groups, torch.int32)[tensor] * (OPTIONS.value + options) + HEADER.value
-            slots = Pointer(addresses, torch.int64)
-            places = [slots[tensors * (1 + states + i) + tensor] for i in range(len(counts))]
+            places = _places(addresses, tensors, tensor, states, len(counts))
             old = tuple(map(_count, places, counts))
             own = tuple(sent[line + OPTIONS.value + i] for i in range(options))
             gain, scalars, new = device(rule.scalars)(own, old)
@@ -223,11 +230,8 @@ def rows_loop(
             out, start = Pointer(rows, torch.float64), tensor * ROW.value
             for column, number in row.items():
                 out[start + column.value] = number
-            for i, number in enumerate(scalars):
+            for i, number in enumerate((*scalars, *new)):
                 out[start + ROW_RULE.value + i] = lr.like(number)
-            for place, dtype, number in zip(places, counts, new, strict=True):
-                with when(active & (place != 0)):
-                    Pointer(place, dtype)[0] = lr.like(number)
 
     return built(rows)
 
@@ -300,8 +304,13 @@ class Elements:
 
 
 @cache
-def step_loop(kind: Kind, decoupled: Any, prox: Any, trust: Any) -> Any:
-    """Steps every chunk of the tensors that have a gradient; see launch.py for the arguments."""
+def step_loop(
+    kind: Kind, counts: tuple[torch.dtype, ...], decoupled: Any, prox: Any, trust: Any
+) -> Any:
+    """Steps every chunk of the tensors that have a gradient; see launch.py for the arguments.
+
+    Whoever takes the first chunk of a tensor stores its counts.
+    """
     compute = kind.compute
 
     def step(work: Value) -> None:
@@ -333,6 +342,13 @@ def step_loop(kind: Kind, decoupled: Any, prox: Any, trust: Any) -> Any:
                         elements.params[i] = w
                     for state, number in zip(elements.states, new, strict=True):
                         state[i] = number
+
+                with when(begin == 0):
+                    places = _places(addresses, tensors, tensor, kind.states, len(counts))
+                    first = elements.start + ROW_RULE.value + kind.rule.width
+                    for i, (place, dtype) in enumerate(zip(places, counts, strict=True)):
+                        with when(place != 0):
+                            Pointer(place, dtype)[0] = row[first + i]
 
     return built(step)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
+from _thread import start_new_thread
 from array import array
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, partial
+from itertools import repeat
+from time import sleep
 from typing import Any
 
 import torch
@@ -29,11 +32,11 @@ from fusedreg.kernels.host.engine import (
     step_loop,
 )
 from fusedreg.kernels.rules import Rule, known, trust_ratio
-from fusedreg.kernels.table import Table, Walk, constants, send
+from fusedreg.kernels.table import Table, Walk, constants, move, send
 
 __all__ = [
-    "ALIGNMENT", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "norms",
-    "penalties", "rows", "rule_of", "send", "squares", "step", "with_lr",
+    "ALIGNMENT", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "move",
+    "norms", "penalties", "rows", "rule_of", "send", "squares", "step", "with_lr",
 ]  # fmt: skip
 
 NAME = "llvm"
@@ -44,7 +47,9 @@ ROW: int = ROW_WIDTH.value
 
 build = partial(tables.build, chunk=CHUNK)
 SHARE = 32768
-"""Elements that are worth another thread."""
+"""Elements that are worth another thread of OpenMP, which is there already."""
+START = 131072
+"""Elements that are worth a thread of our own, which takes some 40 microseconds to start."""
 
 
 @cache
@@ -63,36 +68,64 @@ def _openmp() -> Any:
     return parallel
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="fusedreg")
+def run(loop: Any, table: Table, *args: Tensor | int | None) -> None:
+    """Do a loop over all chunks on as many threads as torch uses, this one among them.
 
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # where none of its threads is left
-
-
-def run(loop: Any, table: Table, *args: int) -> None:
-    """Do a loop over all chunks on as many threads as torch uses, this one among them."""
-    threads = min(torch.get_num_threads(), table.chunks, table.elements // SHARE)
-    work = array("q", [0, table.chunks, *args])  # the first counts those that are taken
+    Where this thread is interrupted, as by Ctrl-C, either nothing of the loop has happened or all
+    of it, and the other threads have ended, before the exception goes on.
+    """
+    parallel = _openmp()
+    share = START if parallel is None else SHARE
+    threads = min(torch.get_num_threads(), table.chunks, table.elements // share)
+    work = _work(table.chunks, *args)
     address, _ = work.buffer_info()
     if threads <= 1:
         loop(address)
-    elif (parallel := _openmp()) is not None:
+    elif parallel is not None:
         parallel(ctypes.cast(loop, ctypes.c_void_p), address, threads, 0)
     else:
-        pool = _pool(threads - 1)
-        others = [pool.submit(loop, address) for _ in range(threads - 1)]
-        try:
-            loop(address)
-        finally:  # they use `work`, even if this thread is interrupted
-            wait(others)
+        _on_new_threads(threads - 1, loop, address, (work, args))
+
+
+def _work(*args: Tensor | int | None) -> array[int]:
+    """What a loop takes: the count of chunks taken, then numbers and addresses, 0 for None."""
+    return array("q", [0, *(arg if isinstance(arg, int) else _address(arg) for arg in args)])
+
+
+def _on_new_threads(others: int, loop: Any, address: int, kept: Any) -> None:
+    """Do a loop on this thread and `others`, which hold what is `kept` and end before this does."""
+    started: list[int] = []
+    ended: list[Any] = []
+
+    def share(kept: Any) -> None:
+        loop(address)
+        ended.append(None)
+
+    try:
+        # In one call, before or after which an interrupt comes: so it is known what has started.
+        with suppress(RuntimeError):  # there may be no more threads; fewer take all chunks too
+            started.extend(map(start_new_thread, repeat(share, others), repeat((kept,))))
+        _finish(loop, address, started, ended)
+    except BaseException:  # also one that comes as that function begins
+        _finish(loop, address, started, ended)
+        raise
+
+
+def _finish(loop: Any, address: int, started: Sequence[Any], ended: Sequence[Any]) -> None:
+    """Do all chunks that are left and wait for the threads, however often this is interrupted."""
+    try:
+        loop(address)  # where none is left, it does nothing
+        # Each is at its last chunk. A lock could be lost to an interrupt just after it is taken.
+        while len(ended) < len(started):
+            sleep(0)
+    except BaseException:
+        _finish(loop, address, started, ended)
+        raise
 
 
 def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
     """The device functions of a rule, checked; arguments as in ../launch.py."""
-    found = known(rule)
+    found = known(rule, counts)
     check(found, states, counts, line - LINE_WIDTH.value)
     return found
 
@@ -104,11 +137,11 @@ def norms(
     run(
         norm_loop(grad),
         table,
-        grads.data_ptr(),
-        table.numels.data_ptr(),
-        table.first_chunks.data_ptr(),
-        table.owners.data_ptr(),
-        partials.data_ptr(),
+        grads,
+        table.numels,
+        table.first_chunks,
+        table.owners,
+        partials,
         first,
     )
 
@@ -129,24 +162,20 @@ def rows(
     grad_norm: Tensor | None = None,
     skipped: Tensor | None = None,
 ) -> None:
-    """Write the row of every tensor and advance its counts; arguments as in ../launch.py."""
+    """Write the row of every tensor, with its new counts; arguments as in ../launch.py."""
     assert (grad_scale, found_inf) == (None, None), "the host reads them, so `numbers` has them"
     loop = rows_loop(rule, states, counts, line - LINE_WIDTH.value, partials is not None)
-    work = array(
-        "q",
-        [
-            0,
-            table.tensors,
-            table.addresses.data_ptr(),
-            grads.data_ptr(),
-            table.groups.data_ptr(),
-            numbers.data_ptr(),
-            out.data_ptr(),
-            _address(partials),
-            0 if partials is None else partials.numel(),
-            _address(grad_norm),
-            _address(skipped),
-        ],
+    work = _work(
+        table.tensors,
+        table.addresses,
+        grads,
+        table.groups,
+        numbers,
+        out,
+        partials,
+        0 if partials is None else partials.numel(),
+        grad_norm,
+        skipped,
     )
     loop(work.buffer_info()[0])
 
@@ -158,25 +187,21 @@ def squares(
     run(
         squares_loop(_kind(walk)),
         table,
-        table.addresses.data_ptr(),
-        grads.data_ptr(),
-        table.numels.data_ptr(),
-        table.first_chunks.data_ptr(),
-        table.owners.data_ptr(),
-        rows.data_ptr(),
-        partials.data_ptr(),
+        table.addresses,
+        grads,
+        table.numels,
+        table.first_chunks,
+        table.owners,
+        rows,
+        partials,
         table.tensors,
     )
-    work = array(
-        "q",
-        [
-            0,
-            table.tensors,
-            table.chunks,
-            partials.data_ptr(),
-            table.first_chunks.data_ptr(),
-            out.data_ptr(),
-        ],
+    work = _work(
+        table.tensors,
+        table.chunks,
+        partials,
+        table.first_chunks,
+        out,
     )
     fold_loop()(work.buffer_info()[0])
 
@@ -188,13 +213,15 @@ def step(
     squares: Tensor | None,
     walk: Walk,
     *,
+    counts: tuple[torch.dtype, ...],
     decoupled: bool,
     prox: bool,
     shrink: bool,
 ) -> None:
-    """Step every tensor that has a gradient; arguments as in ../launch.py."""
+    """Step every tensor that has a gradient, and its counts; arguments as in ../launch.py."""
     loop = step_loop(
         _kind(walk),
+        counts,
         penalty.decoupled if decoupled else None,
         (penalty.shrink if shrink else penalty.prox) if prox else None,
         None if squares is None else trust_ratio,
@@ -202,13 +229,13 @@ def step(
     run(
         loop,
         table,
-        table.addresses.data_ptr(),
-        grads.data_ptr(),
-        table.numels.data_ptr(),
-        table.first_chunks.data_ptr(),
-        table.owners.data_ptr(),
-        rows.data_ptr(),
-        _address(squares),
+        table.addresses,
+        grads,
+        table.numels,
+        table.first_chunks,
+        table.owners,
+        rows,
+        squares,
         table.tensors,
     )
 

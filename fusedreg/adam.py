@@ -35,7 +35,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         v = beta2 * v + (1 - beta2) * g^2
         x = max(x, v)                             if amsgrad
         d = sqrt(v) / sqrt(1 - beta2^t) + eps     x in the place of v if amsgrad
-        w = w - lr * m / (1 - beta1^t) / d
+        w = w - lr * m / d / (1 - beta1^t)
         w = S(w, lr * l1 / d)                     if l1_mode == "prox", where v (x) is not 0
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
 
@@ -155,10 +155,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         }
         if settings.get("amsgrad"):
             new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], new["exp_avg_sq"])
-        # Not m / (1 - beta1^t), which may overflow where the direction does not.
-        corrected = (1 - beta1 ** new["step"]) * _denominator(settings, new)
+        denominator = _denominator(settings, new)
+        # The quotient first: m / (1 - beta1^t) may overflow where the direction does not.
+        direction = new["exp_avg"] / denominator / (1 - beta1 ** new["step"])
         # 0/0: a coordinate that has never seen a gradient does not move.
-        return torch.where(corrected == 0, 0.0, new["exp_avg"] / corrected), new
+        return torch.where(denominator == 0, 0.0, direction), new
 
     def gain(self, settings: Settings, state: State) -> Number:
         """1 / (sqrt(v_hat) + eps), and 0 where the second moment is 0.
@@ -184,7 +185,7 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[override]  # a property
         v = beta2 * v + (1 - beta2) * g^2
         x = max(x, v)                             if amsgrad
         d = sqrt(v) / sqrt(1 - beta2^t) + eps     x in the place of v if amsgrad
-        w = w - lr * m / (1 - beta1^t) / d
+        w = w - lr * m / d / (1 - beta1^t)
         w = S(w, lr * l1 / d)                     if l1_mode == "prox", where v (x) is not 0
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
 

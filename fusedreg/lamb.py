@@ -24,7 +24,7 @@ class LAMB(Adam):
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2
         d = sqrt(v) / sqrt(1 - beta2^t) + eps
-        u = m / (1 - beta1^t) / d
+        u = m / d / (1 - beta1^t)
         u = u + weight_decay * w                  if decoupled_weight_decay
         u = u + weight_decay / decay_lr * w       if lr_independent_decay, instead
         r = min(||w|| / ||u||, 2^120)             1 where either norm is 0

@@ -23,10 +23,9 @@ def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
     >>> average(torch.tensor([1.0, -3e38]), torch.tensor([2.0, 3e38]), 0.25).tolist()
     [1.25, -1.5e38]
     """
-    difference = new - old
-    # It overflows between large numbers of opposite signs. The average does not.
-    apart = (old - weight * old) + weight * new
-    return torch.where(difference.isinf(), apart, old + weight * difference)
+    # At half the size, because the difference may be twice the largest number. Halves are exact.
+    half = 0.5 * old
+    return 2.0 * (half + weight * (0.5 * new - half))
 
 
 def is_thresholded(group: Mapping[str, Any]) -> bool:

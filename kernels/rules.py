@@ -59,9 +59,9 @@ def power(base, exponent):
 @triton.jit
 def average(old, new, weight):
     """(1 - weight) * old + weight * new, whose two factors, rounded, would not sum to 1."""
-    mean = old + weight * (new - old)
-    # The difference of large numbers of opposite signs overflows. Their average does not.
-    return tl.where(mean - mean == 0.0, mean, (old - weight * old) + weight * new)
+    # At half the size, because the difference may be twice the largest number. Halves are exact.
+    half = 0.5 * old
+    return 2.0 * (half + weight * (0.5 * new - half))
 
 
 # ---- SGD -----------------------------------------------------------------------------------------
@@ -142,10 +142,9 @@ def adam_direction(m, v, scalars):
     A coordinate that has never seen a gradient has neither: 0/0 with eps = 0, and a gain of 1/eps
     would wipe out every unused row of an embedding.
     """
-    # Neither m_hat nor v_hat itself is formed: both may overflow where the direction does not.
+    # m_hat and v_hat are not formed, because they may overflow where the direction does not.
     d = divide(square_root(v), scalars[4]) + scalars[5]
-    corrected = scalars[3] * d
-    direction = tl.where(corrected == 0.0, 0.0, divide(m, corrected))
+    direction = tl.where(d == 0.0, 0.0, divide(divide(m, d), scalars[3]))
     gain = tl.where(v == 0.0, 0.0, reciprocal(d))
     return direction, gain
 

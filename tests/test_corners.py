@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fusedreg
 from fusedreg.check.oracle import Slot, one_step
 
-from cases import CASES, TORCH_CASES, Case
+from cases import CASES, PATHS, TORCH_CASES, Case
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 BEYOND = Decimal("1e100000")
@@ -51,10 +51,8 @@ class Range:
     @classmethod
     def of(cls, x: Tensor) -> Range:
         """The numbers of a tensor, exactly."""
-        numbers = [
-            BEYOND * int(math.copysign(1, n)) if math.isinf(n) else Decimal(n) for n in x.tolist()
-        ]
-        exact = np.array(numbers, dtype=object)
+        beyond = {math.inf: BEYOND, -math.inf: -BEYOND}
+        exact = np.array([beyond.get(n) or Decimal(n) for n in x.tolist()], dtype=object)
         return cls(exact, exact)
 
     def rounded(self, ulps: int = 1) -> Range:
@@ -343,9 +341,10 @@ def assert_as_torch(case: Case, start: Start, w: Tensor, where: Any) -> None:
 def told(wrong: Any, start: Start, value: Tensor, expected: Range) -> str:
     """The first that is wrong."""
     i = int(wrong[0])
-    between = f"{expected.low[i]:.9e} and {expected.high[i]:.9e}"
-    where = f"{value[i]} of w={start.w[i]} and g={start.grad[i]}"
-    return f"{wrong.size} of {len(value)}: {where}, not between {between}"
+    return (
+        f"{wrong.size} of {len(value)}, first where w={start.w[i]} and g={start.grad[i]}: {value[i]} "
+        f"is not between {expected.low[i]:.9e} and {expected.high[i]:.9e}"
+    )
 
 
 SCALES = [1e-30, 2.0**-149, 2.0**16, 3e38]
@@ -385,3 +384,32 @@ def test_scaled_and_clipped_gradients(
         wrong = np.flatnonzero(compared(param.detach(), slot.w)[1] & fits)
         start = Start(torch.zeros_like(grad), grad, {}, slot)
         assert wrong.size == 0, told(wrong, start, param.detach(), slot.w)
+
+
+@three_paths
+def test_adagrad_is_slowed_by_any_factor(path: str) -> None:
+    """The root times the factor is no number of float32, and the step is."""
+    param = nn.Parameter(torch.zeros(3))
+    optimizer = fusedreg.Adagrad([param], lr=1.0, lr_decay=1e25, **PATHS[path])
+    for grad in (1e18, 1e-3):
+        param.grad = torch.full_like(param, grad)
+        param.data.zero_()
+        optimizer.step()
+    # 1e-3 over 1e18 over 1 + 1e25 is below the smallest number. Without the sum it is not.
+    assert param.tolist() == [0.0] * 3
+    param.grad = torch.full_like(param, 1e18)
+    optimizer.step()
+    expected = torch.full((3,), -(0.5**0.5) / 2e25)
+    torch.testing.assert_close(param.detach(), expected, rtol=6 * 2.0**-24, atol=0)
+
+
+@three_paths
+@pytest.mark.parametrize("cls", [fusedreg.Adam, fusedreg.LAMB, fusedreg.RMSprop, fusedreg.Adagrad])
+def test_an_eps_that_vanishes_in_float32_is_0(cls: Any, path: str) -> None:
+    """A coordinate without a second moment stays, as with eps=0."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = cls([param], lr=0.1, weight_decay=0.0, eps=1e-60, **PATHS[path])
+    param.grad = torch.tensor([0.0, 1e-30, 1.0])
+    optimizer.step()
+    assert param[:2].tolist() == [1.0, 1.0]
+    assert param[2] < 1

@@ -484,6 +484,19 @@ def test_training_mode_comes_back_after_a_parametrization_failed() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_sparsity_forms_weights_without_a_graph() -> None:
+    class Watching(Upper):
+        def forward(self, x: Tensor) -> Tensor:
+            recorded.append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    recorded: list[bool] = []
+    model = parametrize.register_parametrization(nn.Linear(2, 2), "weight", Watching())
+    recorded.clear()
+    fusedreg.sparsity(model)
+    assert recorded == [False]
+
+
 def test_weights_that_are_masked_apart_are_two() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight

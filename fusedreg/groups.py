@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fusedreg.dist import FLATTENED, spread_of, whole
-from fusedreg.parametrized import formed, weights
+from fusedreg.parametrized import Role, formed, weights
 
 NORM_LAYERS = (
     nn.LayerNorm,
@@ -55,8 +55,8 @@ def param_groups(
         no_decay: names or shell-style patterns of parameters (`"embed.*"`), modules of the model,
             or module classes (`nn.Embedding`).
         overrides: pattern -> group options for the parameters it matches, e.g.
-            `{"head.*": {"lr": 1e-4, "l1": 1e-3}}`. They win over the split; of several matching
-            patterns a later one wins.
+            `{"head.*": {"lr": 1e-4}}`. They win over the split, for biases too; of several
+            matching patterns a later one wins.
 
     Returns:
         Groups with named parameters for any optimizer's `params`; parameters with equal options
@@ -64,11 +64,11 @@ def param_groups(
 
     Raises:
         ValueError: a pattern, module or class matches no parameter; a mistyped name would otherwise
-            silently decay what it was meant to protect. A parameter might get a penalty and only
-            its user can say whether it should: it is the original of a parametrization that is not
-            listed above, or it does not show its dimensions, being a lazy module's before the first
-            forward or flattened by FullyShardedDataParallel. `no_decay` decides that, and so does
-            `overrides` with a `weight_decay` or an `l1`.
+            silently decay what it was meant to protect. Or it is not clear whether a parameter
+            should be penalised: it is the original of a parametrization that is not listed above,
+            or it does not show its dimensions, as in lazy modules before the first forward and
+            where FullyShardedDataParallel flattened it. `no_decay` decides that, `overrides` with a
+            `weight_decay` or an `l1` does, and so do `weight_decay=0.0, l1=0.0`.
         TypeError: an entry of `no_decay` is of another kind.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
@@ -96,7 +96,7 @@ def param_groups(
             options[matched].update(chosen)
             if chosen.keys() & NO_PENALTY.keys():
                 decided.add(matched)
-    if not penalised or any(penalised.values()):  # else nothing is penalised anyway
+    if penalised != NO_PENALTY:  # the optimizer's constructor may have what is not said here
         _refuse({param: why for param, why in unclear.items() if param not in decided}, names)
 
     groups: list[dict[str, Any]] = []
@@ -115,7 +115,8 @@ def _by_role(
     model: nn.Module, names: Mapping[Tensor, list[str]]
 ) -> tuple[set[Tensor], dict[Tensor, str]]:
     """The unpenalised parameters, and those of which only the user can say it, with the reason."""
-    unpenalised, unclear = set(), {}
+    unpenalised: set[Tensor] = set()
+    unclear: dict[Tensor, str] = {}
     for param, known_as in names.items():
         hidden = _hidden_dimensions(param)
         if any(_is_bias(name) for name in known_as) or (not hidden and param.dim() <= 1):
@@ -127,18 +128,25 @@ def _by_role(
         if exempt:
             unpenalised.update(module.parameters(recurse=False))
         for weight in formed(module):
-            shaped = {param for param, role in weight.roles.items() if role != "size"}
-            if exempt or _is_bias(weight.name) or shaped <= unpenalised:
-                unpenalised.update(weight.roles)
-                continue
-            for param, role in weight.roles.items():
-                if role == "direction" or (role == "unknown" and not param.requires_grad):
-                    unpenalised.add(param)
-                elif role == "size":
-                    unpenalised.discard(param)  # that of a whole matrix has no dimensions
-                elif role == "unknown":
-                    unclear[param] = "a penalty on it would be none on the weight formed from it"
+            _sort_by_role(weight.roles, exempt or _is_bias(weight.name), unpenalised, unclear)
     return unpenalised, unclear
+
+
+def _sort_by_role(
+    roles: Mapping[Tensor, Role], exempt: bool, unpenalised: set[Tensor], unclear: dict[Tensor, str]
+) -> None:
+    """Sort the parameters of which a weight is formed; `exempt` is a weight without penalty."""
+    shaped = {param for param, role in roles.items() if role != "size"}
+    if exempt or shaped <= unpenalised:  # a size has fewer dimensions than its weight
+        unpenalised.update(roles)
+        return
+    for param, role in roles.items():
+        if role == "direction" or (role == "unknown" and not param.requires_grad):
+            unpenalised.add(param)
+        elif role == "size":
+            unpenalised.discard(param)  # that of a whole matrix has no dimensions
+        elif role == "unknown":
+            unclear[param] = "a penalty on it would be none on the weight formed from it"
 
 
 def _is_bias(name: str) -> bool:
@@ -192,29 +200,29 @@ def _matching(
 
 
 class Zeros(NamedTuple):
-    """Exact zeros of one parameter."""
+    """Exact zeros of one weight."""
 
     zeros: int
     numel: int
 
     @property
     def fraction(self) -> float:
-        """Zeros over entries; 0.0 for an empty parameter."""
+        """Zeros over entries; 0.0 for an empty weight."""
         return self.zeros / self.numel if self.numel else 0.0
 
 
 class Sparsity(dict[str, Zeros]):
-    """Exact zeros per parameter name, in the model's order; `print` shows it as a table."""
+    """Exact zeros per name of a weight, in the model's order; `print` shows it as a table."""
 
     @property
     def total(self) -> Zeros:
-        """The sum over all parameters."""
+        """The sum over all weights."""
         return Zeros(
             sum(row.zeros for row in self.values()), sum(row.numel for row in self.values())
         )
 
     def __str__(self) -> str:
-        """One aligned line per parameter and one for the total."""
+        """One aligned line per weight and one for the total."""
         rows = [*self.items(), ("total", self.total)]
         width = max(len(name) for name, _ in rows)
         digits = max(len(f"{row.numel:,}") for _, row in rows)

@@ -298,6 +298,7 @@ def test_convolutions_of_fixed_length_have_no_penalty(wrap: Wrap) -> None:
         {"weight_decay": 0.1},
         {"l1": 0.1, "weight_decay": 0.0},
         {},  # the optimizer's constructor may have one
+        {"weight_decay": 0.0},
         {"l1": 0.1, "overrides": {ORIGINAL: {"lr": 0.1}}},
         {"l1": 0.1, "no_decay": ["1.*"]},
     ],
@@ -317,7 +318,6 @@ def test_an_unknown_parametrization_is_refused_by_name(arguments: dict[str, Any]
         ({"no_decay": [nn.Linear]}, NO_PENALTY),
         ({"l1": 0.1, "overrides": {ORIGINAL: {"l1": 0.2}}}, {"l1": 0.2}),
         ({"overrides": {ORIGINAL: {"weight_decay": 0.2}}}, {"weight_decay": 0.2}),
-        ({"weight_decay": 0.0}, {"weight_decay": 0.0}),
         ({"weight_decay": 0.0, "l1": 0.0}, NO_PENALTY),
     ],
     ids=str,
@@ -482,6 +482,19 @@ def test_training_mode_comes_back_after_a_parametrization_failed() -> None:
     with pytest.raises(KeyError, match="of the parametrization"):
         fusedreg.sparsity(model)
     assert all(module.training for module in model.modules())
+
+
+def test_sparsity_forms_weights_without_a_graph() -> None:
+    class Watching(Upper):
+        def forward(self, x: Tensor) -> Tensor:
+            recorded.append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    recorded: list[bool] = []
+    model = parametrize.register_parametrization(nn.Linear(2, 2), "weight", Watching())
+    recorded.clear()
+    fusedreg.sparsity(model)
+    assert recorded == [False]
 
 
 def test_weights_that_are_masked_apart_are_two() -> None:

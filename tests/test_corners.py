@@ -342,8 +342,8 @@ def told(wrong: Any, start: Start, value: Tensor, expected: Range) -> str:
     """The first that is wrong."""
     i = int(wrong[0])
     return (
-        f"{wrong.size} of {len(value)}, first where w={start.w[i]} and g={start.grad[i]}: {value[i]} "
-        f"is not between {expected.low[i]:.9e} and {expected.high[i]:.9e}"
+        f"{wrong.size} of {len(value)}, first where w={start.w[i]} and g={start.grad[i]}: "
+        f"{value[i]} is not between {expected.low[i]:.9e} and {expected.high[i]:.9e}"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,8 @@ NOT_BEFORE_CAPTURE = (
     "take one step with the same parameters, states and options before the capture"
 )
 
+Call = Callable[[], None]
+"""A launch with all its arguments."""
 Exchange = Callable[[Mapping[Tensor, Tensor]], None]
 """Takes what is here of each parameter and makes of it what is on all ranks."""
 
@@ -64,7 +67,7 @@ class Plan:
         """Vectors whose norms make that of all gradients here, each with how it is spread."""
         for device, memory in self.memory.items():
             with _current(device):
-                self._norms(memory, self._send_grads(device, memory))
+                self._do(self._norms(memory, self._send_grads(device, memory)))
         return [
             (bucket.kind.spread, memory.partials[bucket.first_chunk :][: bucket.table.chunks])
             for memory in self.memory.values()
@@ -120,34 +123,59 @@ class Plan:
             self.header, self.inventory.options.stale = known, True
         before = self._skipped_here(skipped)
         self._send_moved()
-        sent: dict[torch.device, list[Tensor]] = {}
+        numbers_of_norm = (grad_norm, skipped, grad_scale, found_inf)
+        steps: list[tuple[torch.device, list[Call]]] = []
         for device, memory in self.memory.items():
             with _current(device):
                 grads = self._send_grads(device, memory)
                 numbers = self._send_numbers(device, memory, header)
+                # Only in a graph addresses and numbers are elsewhere, and its tensors are its own.
+                same = grads is memory.views and numbers is memory.numbers
                 if grad_norm is not None:
-                    self._norms(memory, grads)
-                for bucket, addresses in zip(memory.buckets, grads, strict=True):
-                    first = bucket is memory.buckets[0]
-                    self._rows(
-                        bucket,
-                        addresses,
-                        numbers,
-                        partials=None if grad_norm is None else memory.partials,
-                        grad_scale=_remote(grad_scale, device),
-                        found_inf=_remote(found_inf, device),
-                        grad_norm=grad_norm if first else None,
-                        skipped=skipped if first else None,
-                    )
-                    self._squares(bucket, addresses, scaled)
-                sent[device] = grads
+                    self._do(self._prepared(memory, "norms", same, self._norms, grads))
+                rows = partial(
+                    self._rows,
+                    numbers=numbers,
+                    partials=None if grad_norm is None else memory.partials,
+                    grad_scale=_remote(grad_scale, device),
+                    found_inf=_remote(found_inf, device),
+                    grad_norm=grad_norm,
+                    skipped=skipped,
+                )
+                plain = same and all(number is None for number in numbers_of_norm)
+                self._do(self._prepared(memory, "rows", plain, rows, grads))
+                if self.inventory.layerwise:
+                    squares = partial(self._squares, scaled=scaled)
+                    self._do(self._prepared(memory, ("squares", scaled), same, squares, grads))
+                step = partial(self._step, scaled=scaled)
+                steps.append((device, self._prepared(memory, ("step", scaled), same, step, grads)))
         if exchange is not None:
             exchange(self._squares_of_params())
-        for device, memory in self.memory.items():
+        for device, calls in steps:
             with _current(device):
-                for bucket, addresses in zip(memory.buckets, sent[device], strict=True):
-                    self._step(bucket, addresses, scaled)
+                self._do(calls)
         self._finish(moved=skip is not True and before == self._skipped_here(skipped))
+
+    def _do(self, calls: list[Call]) -> None:
+        for call in calls:
+            call()
+        self.launches += len(calls)
+
+    def _prepared(
+        self,
+        memory: Memory,
+        key: Any,
+        same: bool,
+        make: Callable[[Memory, Sequence[Tensor]], list[Call]],
+        grads: Sequence[Tensor],
+    ) -> list[Call]:
+        """Launches, made anew unless they are the `same` in every step."""
+        calls = memory.calls.get(key) if same else None
+        if calls is None:
+            calls = make(memory, grads)
+            if same:
+                memory.calls[key] = calls
+        return calls
 
     def _finish(self, moved: bool) -> None:
         """What is left to do on the host, once all is launched."""
@@ -190,9 +218,7 @@ class Plan:
         for device, memory in self.memory.items():
             with _current(device):
                 for bucket in memory.buckets:
-                    addresses = array("q", addresses_at(self.inventory, bucket.slots))
-                    table = bucket.table.addresses
-                    self.launch.send(torch.frombuffer(addresses, dtype=torch.int64), table.view(-1))
+                    self.launch.move(bucket.table, addresses_at(self.inventory, bucket.slots))
         self.inventory.stale_tables = False
 
     def _send_numbers(
@@ -215,50 +241,77 @@ class Plan:
             torch._foreach_copy_(targets, [value.reshape(()) for _, value in remote])
         return numbers
 
-    def _norms(self, memory: Memory, grads: Sequence[Tensor]) -> None:
-        for bucket, addresses in zip(memory.buckets, grads, strict=True):
-            if bucket.table.chunks:
-                self.launches += 1
-                bucket.kind.launch.norms(
-                    bucket.table,
-                    addresses,
-                    memory.partials,
-                    bucket.first_chunk,
-                    bucket.kind.grad,
-                    bucket.kind.aligned,
-                )
+    def _norms(self, memory: Memory, grads: Sequence[Tensor]) -> list[Call]:
+        """The norm of each chunk of the gradients."""
+        return [
+            bucket.kind.launch.norms(
+                bucket.table,
+                addresses,
+                memory.partials,
+                bucket.first_chunk,
+                bucket.kind.grad,
+                bucket.kind.aligned,
+            )
+            for bucket, addresses in zip(memory.buckets, grads, strict=True)
+        ]
 
-    def _rows(self, bucket: Bucket, grads: Tensor, numbers: Tensor, **more: Tensor | None) -> None:
-        kind = bucket.kind
-        self.launches += 1
-        kind.launch.rows(
-            bucket.table,
-            grads,
-            numbers,
-            bucket.rows,
-            rule=kind.rule,
-            states=len(kind.states),
-            counts=kind.counts,
-            line=len(self.inventory.options.lines[0]),
-            **more,
-        )
+    def _rows(
+        self,
+        memory: Memory,
+        grads: Sequence[Tensor],
+        *,
+        grad_norm: Tensor | None,
+        skipped: Tensor | None,
+        **numbers: Tensor | None,
+    ) -> list[Call]:
+        """The row of each tensor; the first bucket counts and tells the norm."""
+        return [
+            bucket.kind.launch.rows(
+                bucket.table,
+                addresses,
+                out=bucket.rows,
+                rule=bucket.kind.rule,
+                states=len(bucket.kind.states),
+                counts=bucket.kind.counts,
+                line=len(self.inventory.options.lines[0]),
+                grad_norm=grad_norm if bucket is memory.buckets[0] else None,
+                skipped=skipped if bucket is memory.buckets[0] else None,
+                **numbers,
+            )
+            for bucket, addresses in zip(memory.buckets, grads, strict=True)
+        ]
 
-    def _squares(self, bucket: Bucket, grads: Tensor, scaled: bool) -> None:
+    def _squares(self, memory: Memory, grads: Sequence[Tensor], scaled: bool) -> list[Call]:
         """Of a layerwise rule: the squares of every tensor and its update, of what is here."""
-        if bucket.squares is None:
-            return
-        if not bucket.table.chunks:
-            bucket.squares.zero_()  # of which the last step made sums over ranks
-            return
-        self.launches += 2
-        bucket.kind.launch.squares(
-            bucket.table,
-            grads,
-            bucket.rows,
-            bucket.partials,
-            bucket.squares,
-            _walk(bucket, scaled),
-        )
+        return [
+            call
+            for bucket, addresses in zip(memory.buckets, grads, strict=True)
+            for call in bucket.kind.launch.squares(
+                bucket.table,
+                addresses,
+                bucket.rows,
+                bucket.partials,
+                bucket.squares,
+                _walk(bucket, scaled),
+            )
+        ]
+
+    def _step(self, memory: Memory, grads: Sequence[Tensor], scaled: bool) -> list[Call]:
+        """What moves parameters, moments and counts."""
+        return [
+            bucket.kind.launch.step(
+                bucket.table,
+                addresses,
+                bucket.rows,
+                bucket.squares,
+                _walk(bucket, scaled),
+                counts=bucket.kind.counts,
+                decoupled=bucket.hooks["decoupled"],
+                prox=bucket.hooks["prox"],
+                shrink=bucket.kind.shrink,
+            )
+            for bucket, addresses in zip(memory.buckets, grads, strict=True)
+        ]
 
     def _squares_of_params(self) -> dict[Tensor, Tensor]:
         """Where the squares of each parameter of a layerwise rule are."""
@@ -269,22 +322,6 @@ class Plan:
             if bucket.squares is not None
             for position, squares in zip(bucket.positions, bucket.squares, strict=True)
         }
-
-    def _step(self, bucket: Bucket, grads: Tensor, scaled: bool) -> None:
-        if not bucket.table.chunks:
-            return
-        self.launches += 1
-        bucket.kind.launch.step(
-            bucket.table,
-            grads,
-            bucket.rows,
-            bucket.squares,
-            _walk(bucket, scaled),
-            counts=bucket.kind.counts,
-            decoupled=bucket.hooks["decoupled"],
-            prox=bucket.hooks["prox"],
-            shrink=bucket.kind.shrink,
-        )
 
 
 def _walk(bucket: Bucket, scaled: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,8 +52,8 @@ class Bucket:
     """Of a layerwise rule: sums of squares of each chunk, of the parameter and of its update."""
     squares: Tensor | None
     """The same of each tensor."""
-    slots: list[int]
-    """Where each entry of its table's addresses is among those of the inventory."""
+    slots: list[list[int]]
+    """Where each address of its table is among those of the inventory."""
 
     def grads_in(self, grads: Tensor) -> Tensor:
         """The addresses of its gradients among those of the device."""
@@ -70,6 +70,8 @@ class Memory:
     numbers: Tensor
     views: list[Tensor] = field(init=False)
     """What each bucket has of `grads`."""
+    calls: dict[Any, list[Callable[[], None]]] = field(default_factory=dict)
+    """Launches that are the same in every step of a kind."""
 
     def __post_init__(self) -> None:
         self.views = [bucket.grads_in(self.grads) for bucket in self.buckets]
@@ -114,9 +116,7 @@ def _memory(inventory: Inventory, device: torch.device, kinds: Mapping[Kind, lis
         groups = [inventory.group_of[position] for position in positions]
         numels = [inventory.numels[position] for position in positions]
         slots = _slots(inventory, kind, positions)
-        addresses = addresses_at(inventory, slots)
-        by_slot = [addresses[i : i + len(groups)] for i in range(0, len(slots), len(groups))]
-        table = kind.launch.build(by_slot, numels, groups, device)
+        table = kind.launch.build(addresses_at(inventory, slots), numels, groups, device)
         rows = torch.empty(len(positions), launch.ROW, dtype=torch.float64, device=device)
         hooks = launch.penalties([inventory.options.lines[group] for group in set(groups)])
         partials, squares = (
@@ -138,13 +138,14 @@ def _memory(inventory: Inventory, device: torch.device, kinds: Mapping[Kind, lis
     )
 
 
-def _slots(inventory: Inventory, kind: Kind, positions: list[int]) -> list[int]:
+def _slots(inventory: Inventory, kind: Kind, positions: list[int]) -> list[list[int]]:
     """Places of parameters, moments and counts; -1 for a count that a parameter has not."""
     names = (*kind.states, *inventory.scalar_states)
-    states = (inventory.state_index(position, name) for name in names for position in positions)
-    return [*positions, *states]
+    states = [[inventory.state_index(position, name) for position in positions] for name in names]
+    return [positions, *states]
 
 
-def addresses_at(inventory: Inventory, slots: list[int]) -> list[int]:
+def addresses_at(inventory: Inventory, slots: list[list[int]]) -> list[list[int]]:
     """The addresses that a table has, slot by slot."""
-    return list(map([*inventory.addresses, 0].__getitem__, slots))  # -1 is the last, 0
+    address_at = [*inventory.addresses, 0].__getitem__  # -1 is the last, 0
+    return [list(map(address_at, slot)) for slot in slots]

@@ -3,10 +3,13 @@
 With clipping a step is `norms`, `rows` and `step`, without it `rows` and `step`: whatever the
 number of tensors and param groups, as long as their dtypes are the same. A layerwise rule has
 `squares`, of two launches, before its `step`.
+
+Each of these returns a call that may be made again, in any step with the same tables.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from fusedreg.kernels.engine import fold_kernel, squares_kernel, step_kernel
 from fusedreg.kernels.norms import norm_kernel
 from fusedreg.kernels.rows import rows_kernel
 from fusedreg.kernels.rules import Rule, known, trust_ratio
-from fusedreg.kernels.table import CHUNK, Table, Walk, build, constants, move, send
+from fusedreg.kernels.table import CHUNK, Call, Table, Walk, build, constants, move, send
 
 __all__ = [
     "ALIGNMENT", "DTYPES", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line",
@@ -81,8 +84,8 @@ def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
 
 def norms(
     table: Table, grads: Tensor, partials: Tensor, first: int, grad: torch.dtype, aligned: bool
-) -> None:
-    """Write the norm of every chunk of the gradients.
+) -> Call:
+    """Writes the norm of every chunk of the gradients.
 
     Args:
         table: the tensors, with at least one chunk.
@@ -91,7 +94,8 @@ def norms(
         grad: dtype of the gradients.
         aligned: whether every address is a multiple of 16 bytes.
     """
-    run(
+    return partial(
+        run,
         norm_kernel,
         table.chunks,
         grads,
@@ -122,8 +126,8 @@ def rows(
     found_inf: Tensor | None = None,
     grad_norm: Tensor | None = None,
     skipped: Tensor | None = None,
-) -> None:
-    """Write the row of every tensor, with its new counts, which `step` stores.
+) -> Call:
+    """Writes the row of every tensor, with its new counts, which `step` stores.
 
     Args:
         table, grads: as for `norms`.
@@ -137,7 +141,8 @@ def rows(
         grad_scale, found_inf: one-element tensors on this device, or None.
         grad_norm, skipped: 0-dim float32 and int64, written where given.
     """
-    run(
+    return partial(
+        run,
         rows_kernel,
         triton.cdiv(table.tensors, ROWS_BLOCK),
         table.addresses,
@@ -164,15 +169,16 @@ def rows(
 
 def squares(
     table: Table, grads: Tensor, rows: Tensor, partials: Tensor, out: Tensor, walk: Walk
-) -> None:
-    """Write the sums of squares of every tensor and of its update; changes nothing else.
+) -> tuple[Call, Call]:
+    """Writes the sums of squares of every tensor and of its update; changes nothing else.
 
     Args:
         table, grads, rows, walk: as for `step`.
         partials: float64, (chunks, 2), written.
         out: float64, (tensors, 2), written; 0 where there is no gradient.
     """
-    run(
+    of_chunks = partial(
+        run,
         squares_kernel,
         table.chunks,
         table.addresses,
@@ -185,7 +191,8 @@ def squares(
         table.tensors,
         **_constexprs(walk),
     )
-    run(
+    of_tensors = partial(
+        run,
         fold_kernel,
         table.tensors,
         partials,
@@ -195,6 +202,7 @@ def squares(
         CHUNK=CHUNK,
         BLOCK=FOLD_BLOCK,
     )
+    return of_chunks, of_tensors
 
 
 def step(
@@ -208,8 +216,8 @@ def step(
     decoupled: bool,
     prox: bool,
     shrink: bool,
-) -> None:
-    """Step every tensor that has a gradient, and its counts with it.
+) -> Call:
+    """Steps every tensor that has a gradient, and its counts with it.
 
     Args:
         table, grads: as for `norms`.
@@ -221,7 +229,8 @@ def step(
         decoupled, prox: which further hooks any of the groups needs.
         shrink: whether the L1 threshold leaves out the gain of each element.
     """
-    run(
+    return partial(
+        run,
         step_kernel,
         table.chunks,
         table.addresses,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ CHUNK = 8192
 """Elements of one program of the step and of the norm on a GPU."""
 DTYPES = {"i": torch.int32, "q": torch.int64}
 """Of an array's typecodes."""
+
+
+Call: TypeAlias = Callable[[], None]
+"""A launch with all its arguments."""
 
 
 class Table(NamedTuple):

@@ -32,7 +32,7 @@ from fusedreg.kernels.host.engine import (
     step_loop,
 )
 from fusedreg.kernels.rules import Rule, known, trust_ratio
-from fusedreg.kernels.table import Table, Walk, constants, move, send
+from fusedreg.kernels.table import Call, Table, Walk, constants, move, send
 
 __all__ = [
     "ALIGNMENT", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "move",
@@ -68,23 +68,39 @@ def _openmp() -> Any:
     return parallel
 
 
-def run(loop: Any, table: Table, *args: Tensor | int | None) -> None:
-    """Do a loop over all chunks on as many threads as torch uses, this one among them.
+def on_threads(loop: Any, table: Table, *args: Tensor | int | None) -> Call:
+    """A loop over all chunks on as many threads as torch uses, the caller's among them.
 
-    Where this thread is interrupted, as by Ctrl-C, either nothing of the loop has happened or all
+    Where that thread is interrupted, as by Ctrl-C, either nothing of the loop has happened or all
     of it, and the other threads have ended, before the exception goes on.
     """
-    parallel = _openmp()
-    share = START if parallel is None else SHARE
-    threads = min(torch.get_num_threads(), table.chunks, table.elements // share)
     work = _work(table.chunks, *args)
     address, _ = work.buffer_info()
-    if threads <= 1:
-        loop(address)
-    elif parallel is not None:
-        parallel(ctypes.cast(loop, ctypes.c_void_p), address, threads, 0)
-    else:
-        _on_new_threads(threads - 1, loop, address, (work, args))
+    entry = ctypes.cast(loop, ctypes.c_void_p)
+    most = min(table.chunks, table.elements // SHARE)
+
+    def call() -> None:
+        work[0] = 0
+        if most <= 1 or (threads := min(most, torch.get_num_threads())) <= 1:
+            loop(address)
+        elif (parallel := _openmp()) is not None:
+            parallel(entry, address, threads, 0)
+        elif (threads := min(threads, table.elements // START)) <= 1:
+            loop(address)
+        else:
+            _on_new_threads(threads - 1, loop, address, (work, args))
+
+    return call
+
+
+def on_caller(loop: Any, *args: Tensor | int | None) -> Call:
+    """A loop over tensors on the thread that calls."""
+    work = _work(*args)
+
+    def call() -> None:
+        loop(work.buffer_info()[0])
+
+    return call
 
 
 def _work(*args: Tensor | int | None) -> array[int]:
@@ -132,9 +148,9 @@ def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
 
 def norms(
     table: Table, grads: Tensor, partials: Tensor, first: int, grad: torch.dtype, aligned: bool
-) -> None:
-    """Write the norm of every chunk of the gradients; arguments as in ../launch.py."""
-    run(
+) -> Call:
+    """Writes the norm of every chunk of the gradients; arguments as in ../launch.py."""
+    return on_threads(
         norm_loop(grad),
         table,
         grads,
@@ -161,11 +177,12 @@ def rows(
     found_inf: Tensor | None = None,
     grad_norm: Tensor | None = None,
     skipped: Tensor | None = None,
-) -> None:
-    """Write the row of every tensor, with its new counts; arguments as in ../launch.py."""
+) -> Call:
+    """Writes the row of every tensor, with its new counts; arguments as in ../launch.py."""
     assert (grad_scale, found_inf) == (None, None), "the host reads them, so `numbers` has them"
     loop = rows_loop(rule, states, counts, line - LINE_WIDTH.value, partials is not None)
-    work = _work(
+    return on_caller(
+        loop,
         table.tensors,
         table.addresses,
         grads,
@@ -177,14 +194,13 @@ def rows(
         grad_norm,
         skipped,
     )
-    loop(work.buffer_info()[0])
 
 
 def squares(
     table: Table, grads: Tensor, rows: Tensor, partials: Tensor, out: Tensor, walk: Walk
-) -> None:
-    """Write the sums of squares of every tensor and of its update; arguments as in ../launch.py."""
-    run(
+) -> tuple[Call, Call]:
+    """Writes the sums of squares of every tensor and its update; arguments as in ../launch.py."""
+    of_chunks = on_threads(
         squares_loop(_kind(walk)),
         table,
         table.addresses,
@@ -196,14 +212,10 @@ def squares(
         partials,
         table.tensors,
     )
-    work = _work(
-        table.tensors,
-        table.chunks,
-        partials,
-        table.first_chunks,
-        out,
+    of_tensors = on_caller(
+        fold_loop(), table.tensors, table.chunks, partials, table.first_chunks, out
     )
-    fold_loop()(work.buffer_info()[0])
+    return of_chunks, of_tensors
 
 
 def step(
@@ -217,8 +229,8 @@ def step(
     decoupled: bool,
     prox: bool,
     shrink: bool,
-) -> None:
-    """Step every tensor that has a gradient, and its counts; arguments as in ../launch.py."""
+) -> Call:
+    """Steps every tensor that has a gradient, and its counts; arguments as in ../launch.py."""
     loop = step_loop(
         _kind(walk),
         counts,
@@ -226,7 +238,7 @@ def step(
         (penalty.shrink if shrink else penalty.prox) if prox else None,
         None if squares is None else trust_ratio,
     )
-    run(
+    return on_threads(
         loop,
         table,
         table.addresses,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ NOT_BEFORE_CAPTURE = (
     "Cannot capture a step that has to create state, send tables from the host or load kernels: "
     "take one step with the same parameters, states and options before the capture"
 )
+
+ONE = 1.0
+"""The scale of a step that has none, compared by identity."""
 
 Call = Callable[[], None]
 """A launch with all its arguments."""
@@ -51,7 +55,10 @@ class Plan:
         self.header: list[float | None] = []
         self.remote = False  # whether any number lives on a device
         self.variant: tuple[bool, ...] = ()
-        self.launches = 0
+        self.launched: list[Call] = []
+        """In this step."""
+        self._again: list[Call] = []
+        """All launches of a step without norm, scale or skip; empty where none was like that."""
 
     @property
     def device(self) -> torch.device | None:
@@ -77,7 +84,7 @@ class Plan:
     def run(
         self,
         *,
-        scale: Number = 1.0,
+        scale: Number = ONE,
         skip: Flag = False,
         grad_scale: Number | None = None,
         found_inf: Number | None = None,
@@ -100,6 +107,12 @@ class Plan:
             skipped: 0-dim int64, is increased by one where nothing changed.
             exchange: sums squares over ranks in place, for a layerwise rule where there are parts.
         """
+        said = (scale, skip, grad_scale, found_inf, max_norm, grad_norm, skipped, exchange)
+        plain = all(map(is_, said, (ONE, False, None, None, None, None, None, None)))
+        if plain and self._again and not self._has_news():
+            self._do(self._again)
+            self._finish(moved=True)
+            return
         clips = max_norm is not None and max_norm != float("inf")
         scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
         if self.gpus:
@@ -154,12 +167,24 @@ class Plan:
         for device, calls in steps:
             with _current(device):
                 self._do(calls)
+        # On a GPU there is more to look after in every step: captures, and the current device.
+        self._again = [] if self.gpus or not plain else [*self.launched]
         self._finish(moved=skip is not True and before == self._skipped_here(skipped))
+
+    def _has_news(self) -> bool:
+        """Whether anything has to be sent to a device."""
+        inventory = self.inventory
+        return (
+            self.remote
+            or inventory.stale_grads
+            or inventory.stale_tables
+            or inventory.options.stale
+        )
 
     def _do(self, calls: list[Call]) -> None:
         for call in calls:
             call()
-        self.launches += len(calls)
+        self.launched += calls
 
     def _prepared(
         self,

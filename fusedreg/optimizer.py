@@ -467,7 +467,7 @@ class FusedOptimizer(Optimizer):
             for group, params in rest:
                 self._update(group, params, scale, skip, squares)
         if plan is not None:
-            self._own.launches = plan.launches
+            self._own.launches = len(plan.launched)
 
     def _creates_state_for_checkpoint(self) -> bool:
         """Whether this step is one of torch.distributed.checkpoint, which must not count.
@@ -505,7 +505,8 @@ class FusedOptimizer(Optimizer):
         else:
             if plan.capturing() and plan not in self._captured:
                 self._captured += (plan,)  # a graph reads its tables as long as it lives
-            plan.launches, inventory = 0, plan.inventory
+            plan.launched.clear()
+            inventory = plan.inventory
             rest = self._collect(without=inventory.chosen) if inventory.rest else []
             self._init_states(rest)
         return (plan if plan is not None and plan.inventory.has_grads else None), rest

@@ -50,8 +50,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
         maximize: ascend the loss; penalties still shrink.
         differentiable: must be False.
         decoupled_weight_decay: shrink w instead of adding to g.
-        lr_independent_decay, l1, l1_mode, max_grad_norm, skip_nonfinite, process_group: as in
-            :class:`fusedreg.Adam`.
+        lr_independent_decay, decay_lr, l1, l1_mode, max_grad_norm, skip_nonfinite, process_group:
+            as in :class:`fusedreg.Adam`.
         state_dtype: dtype of `sum`; None is the parameter's own, as torch's.
 
     State: `step` (0-dim float32, float64 if that is the default dtype) and `sum` s (shape of the

@@ -46,7 +46,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         params: tensors, named tensors, or dicts that define param groups. Every option below up to
             `l1_mode` may differ between groups and is read afresh in every step.
         lr: learning rate, >= 0; a float or a one-element tensor (read on its device).
-        betas: (beta1, beta2), each in [0, 1); both floats or both one-element tensors.
+        betas: (beta1, beta2), each in [0, 1): any sequence or array of two numbers, or two
+            one-element tensors. It becomes a tuple.
         eps: >= 0, in the units of a gradient; added after the bias correction, outside the root.
         weight_decay: >= 0. Coupled, it is the gradient of weight_decay/2 * ||w||^2, which the
             moments then normalise away: the first step of a zero loss gradient is lr * sign(w).
@@ -59,6 +60,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         lr_independent_decay: shrink w by the fraction weight_decay * lr / decay_lr, where the
             group's `decay_lr` is the lr that it was added with; needs decoupled_weight_decay. So
             the decay follows the schedule of lr, but not its size.
+        decay_lr: another lr to divide by there, > 0; None takes the lr of each group.
         l1: weight of the L1 penalty, >= 0, in the units of the loss per unit of weight.
         l1_mode: what l1 does. "prox": the fixed point minimises loss + l1 * ||w||_1, with exact
             zeros. "decoupled": shrinks by lr * l1 whatever the gradients are; not an L1 penalty of
@@ -195,7 +197,9 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[override]  # a property
     Args:
         params, lr, betas, eps, amsgrad: as in :class:`Adam`, like all that follow.
         weight_decay: >= 0; w loses the fraction lr * weight_decay in a step.
+        decoupled_weight_decay: must be True.
         lr_independent_decay: w loses the fraction weight_decay * lr / decay_lr; see :class:`Adam`.
+        decay_lr: as in :class:`Adam`.
         maximize, foreach, capturable, differentiable, fused: as in :class:`Adam`.
         l1, l1_mode, max_grad_norm, skip_nonfinite, state_dtype, process_group: as in
             :class:`Adam`. With `l1_mode="prox"` and a decay the fixed point is not scikit-learn's

@@ -53,7 +53,7 @@ class Lion(FusedOptimizer):
         l1: weight of the L1 penalty, >= 0.
         l1_mode: "decoupled" shrinks by lr * l1, with exact zeros: from l1 = 1 on, no step gets away
             from 0. "subgradient" does what adding the norm to the loss does; no exact zeros.
-        lr_independent_decay, max_grad_norm, skip_nonfinite, process_group: as in
+        lr_independent_decay, decay_lr, max_grad_norm, skip_nonfinite, process_group: as in
             :class:`fusedreg.Adam`.
         state_dtype: dtype of `exp_avg`; None is the parameter's own.
 

@@ -58,8 +58,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: ascend the loss; penalties still shrink.
         differentiable: must be False.
         decoupled_weight_decay: shrink w instead of adding to g.
-        lr_independent_decay, l1, l1_mode, max_grad_norm, skip_nonfinite, process_group: as in
-            :class:`fusedreg.Adam`.
+        lr_independent_decay, decay_lr, l1, l1_mode, max_grad_norm, skip_nonfinite, process_group:
+            as in :class:`fusedreg.Adam`.
         state_dtype: dtype of `square_avg`, `momentum_buffer` and `grad_avg`; None is the
             parameter's own, as torch's.
 

@@ -59,6 +59,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
         lr_independent_decay: shrink w by the fraction weight_decay * lr / decay_lr, where the
             group's `decay_lr` is the lr that it was added with; needs decoupled_weight_decay. So
             the decay follows the schedule of lr, but not its size.
+        decay_lr: another lr to divide by there, > 0; None takes the lr of each group.
         l1: weight of the L1 penalty, >= 0, in the units of the loss per unit of weight.
         l1_mode: what l1 does. "prox": the fixed point minimises loss + l1 * ||w||_1, with exact
             zeros. "decoupled": shrinks by lr * l1, so with momentum the fixed point is that of

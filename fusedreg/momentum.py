@@ -20,8 +20,8 @@ from fusedreg.scalars import Number, is_zero, wide_dtype
 def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
     """(1 - weight) * old + weight * new, whose two factors, rounded, would not sum to 1.
 
-    >>> average(torch.tensor([1.0, -3e38]), torch.tensor([2.0, 3e38]), 0.25).tolist()
-    [1.25, -1.5e38]
+    >>> average(torch.tensor([1.0, -(2.0**127)]), torch.tensor([2.0, 2.0**127]), 0.25)
+    tensor([ 1.2500e+00, -8.5071e+37])
     """
     # At half the size, because the difference may be twice the largest number. Halves are exact.
     half = 0.5 * old

@@ -20,9 +20,11 @@ import pickle
 import re
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,9 +44,7 @@ from hypothesis.stateful import (
 )
 from torch import Tensor, nn
 
-if __name__ == "__main__":
-    import conftest  # noqa: F401  # which has triton interpret, as in the suite
-
+import conftest  # noqa: F401  # by itself too, triton interprets as in the suite
 import fusedreg
 from fusedreg.cases import CLASSES, PATHS, TORCH_CLASSES
 
@@ -1225,3 +1225,75 @@ def short(programs: int, steps: int) -> settings:
         suppress_health_check=SUPPRESSED,
         phases=[Phase.generate, Phase.shrink],
     )
+
+
+# ---- the long run --------------------------------------------------------------------------------
+
+
+def batch(number: int, path: str, programs: int) -> tuple[Counter[str], str]:
+    """Some programs of their own; what was counted, and what failed."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    COUNTS.clear()
+    own = settings(short(programs, steps=40), derandomize=False, print_blob=False)
+    fault = ""
+    try:
+        run_state_machine_as_test(seed(number)(machine(path)), settings=own)
+    except Exception as error:  # whatever it is, it is what is looked for
+        fault = "".join(traceback.format_exception(error))
+    return Counter(COUNTS), fault
+
+
+def kind_of(fault: str) -> str:
+    """Faults that differ in numbers only are one."""
+    lines = [line.strip(" |") for line in fault.splitlines()]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return re.sub(r"-?\d[\d.e+-]*", "#", raised[-1] if raised else "?")
+
+
+def main() -> int:
+    """Take many steps, and say what was found."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--first", type=int, default=time.time_ns() % 2**32, help="first seed")
+    options = parser.parse_args()
+    total: Counter[str] = Counter()
+    faults: dict[str, list[str]] = {}
+    start, number = time.monotonic(), options.first
+    # Of ten batches one is interpreted, which takes ten times as long.
+    paths = ["reference", "default"] * 4 + ["default", "fused"]
+    print(f"first seed {number}; left out: {', '.join(OPEN_FAULTS) or 'nothing'}", flush=True)
+    while total["steps"] < options.steps:
+        # A process for each, because compiled kernels stay as long as it lives.
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            runs = {}
+            for _ in range(options.jobs):
+                path = paths[number % len(paths)]
+                runs[number, path] = pool.submit(batch, number, path, 5 if path == "fused" else 60)
+                number += 1
+            for key, run in runs.items():
+                try:
+                    counts, fault = run.result()
+                except BrokenProcessPool as error:
+                    counts, fault = Counter(), f"SystemError: the process died, {error}"
+                total += counts
+                if fault and kind_of(fault) not in faults:
+                    print(f"\nseed and path {key}\n{fault}", flush=True)
+                if fault:
+                    faults.setdefault(kind_of(fault), []).append(str(key))
+        seconds = time.monotonic() - start
+        print(f"{seconds:6.0f} s  {dict(total)}  {len(faults)} faults", flush=True)
+    share = total["judged"] / max(total["elements"], 1)
+    print(
+        f"{total['steps']} steps in {total['programs']} programs of {total['actions']} actions; "
+        f"{total['refused']} refused as expected, {total['interrupts']} interrupts; "
+        f"{share:.2%} of {total['elements']} numbers judged; {len(faults)} faults"
+    )
+    for kind, where in faults.items():
+        print(f"  {len(where)} times, first {where[0]}: {kind}")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from stateful import machine, short
 
-PROGRAMS = {"reference": 30, "default": 20, "fused": 4}
+PROGRAMS = {"reference": 20, "default": 14, "fused": 2}
 
 
 @pytest.mark.parametrize("on", PROGRAMS)

@@ -133,9 +133,7 @@ class Interval:
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
-    def __torch_function__(
-        cls, function: Any, _types: Any, args: Any, _kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, function: Any, _types: Any, args: Any, _kwargs: Any = None) -> Any:
         return FUNCTIONS[function](*args)
 
 
@@ -156,9 +154,7 @@ def _where(condition: Maybe, chosen: Any, otherwise: Any) -> Interval:
     a, b = Interval.of(chosen, known), Interval.of(otherwise, known)
 
     def pick(first: Tensor, second: Tensor, both: Tensor) -> Tensor:
-        return torch.where(
-            condition.certain, first, torch.where(condition.possible, both, second)
-        )
+        return torch.where(condition.certain, first, torch.where(condition.possible, both, second))
 
     low = pick(a.low, b.low, torch.minimum(a.low, b.low))
     high = pick(a.high, b.high, torch.maximum(a.high, b.high))

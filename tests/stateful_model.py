@@ -46,6 +46,8 @@ class Wholly(NamedTuple):
     norm: float
     scale: float
     skip: bool
+    slack: float
+    """Relative error of the norm, and of a scale that clips, in float64."""
 
 
 def wholly(
@@ -64,11 +66,14 @@ def wholly(
         norm = largest * float((numbers / largest).square().sum().sqrt())
     if bool(numbers.isnan().any()):
         norm = math.nan
+    # Ours and theirs sum n squares in any order: n / 2 roundings each, after the root; and a few
+    # for the root, the largest number, the two quotients, the 1e-6 and the product.
+    slack = (numbers.numel() + 12) * 2.0**-53
     norm, scale = norm / grad_scale, 1 / grad_scale
     skip = found_inf != 0 or (skip_nonfinite and not math.isfinite(norm))
     if max_norm is not None and max_norm != math.inf:
         scale *= math.nan if math.isnan(norm) else min(1.0, max_norm / (norm + 1e-6))
-    return Wholly(norm, scale, skip)
+    return Wholly(norm, scale, skip, slack)
 
 
 class Expected(NamedTuple):
@@ -113,13 +118,15 @@ def initial(cls: Any, options: Options, state: Options) -> dict[str, float]:
 
 
 def step(
-    cls: Any, options: Options, w: Tensor, grad: Tensor, state: Options, scale: float
+    cls: Any, options: Options, w: Tensor, grad: Tensor, state: Options, wholly: Wholly
 ) -> Expected:
     """One parameter that has a gradient, from its stored value, gradient and state."""
     kind = precision(w.dtype)
     start, g = Interval.of(real(w), kind), _read(grad, kind)
-    if scale != 1:
-        g = g * scale
+    if wholly.scale != 1:
+        ends = [wholly.scale * (1 + side * wholly.slack) for side in (-1, 1)]
+        low, high = torch.tensor(ends, dtype=torch.float64)
+        g = g * Interval(low, high, kind)
     names = names_of(cls, options)
     complete = {**initial(cls, options, state), **state}
     history: dict[str, Any] = defaultdict(float)

@@ -29,7 +29,7 @@ SIZES = [*range(258), 1023, 1024, 1025, 8191, 8192, 8193, 65535, 65536, 65537, 1
 # Interpreted blocks take long, and conftest.py makes their chunk 2,048.
 FEW_SIZES = [0, 1, 2, 127, 128, 257, 1023, 1024, 1025, 2047, 2048, 2049]
 CHOSEN = ["sgd_momentum", "adam_amsgrad", "adamw", "rmsprop_both", "adagrad", "lion", "lamb"]
-FEW = ["adamw", "lamb"]
+FEW = ["lamb"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -296,20 +296,20 @@ def machine(on: str) -> type[Machine]:
     return type(f"Machine_{on}", (Machine,), {"path": on})
 
 
-SUPPRESSED = list(HealthCheck)
-
-
-def short(programs: int, steps: int) -> settings:
-    """For the suite: the same programs in every run."""
-    return settings(
-        max_examples=programs,
-        stateful_step_count=steps,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        report_multiple_bugs=False,
-        suppress_health_check=SUPPRESSED,
-        phases=[Phase.generate, Phase.shrink],
+def run_programs(path: str, number: int, programs: int, steps: int) -> None:
+    """Run so many programs of at most so many actions; a number gives the same ones again."""
+    run_state_machine_as_test(
+        seed(number)(machine(path)),
+        settings=settings(
+            max_examples=programs,
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            print_blob=False,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+        ),
     )
 
 
@@ -321,10 +321,9 @@ def batch(number: int, path: str, programs: int) -> tuple[Counter[str], str]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     COUNTS.clear()
-    own = settings(short(programs, steps=40), derandomize=False, print_blob=False)
     fault = ""
     try:
-        run_state_machine_as_test(seed(number)(machine(path)), settings=own)
+        run_programs(path, number, programs, steps=40)
     except Exception as error:  # whatever it is, it is what is looked for
         fault = "".join(traceback.format_exception(error))
     return Counter(COUNTS), fault

@@ -887,7 +887,7 @@ class Expectation(Before):
             self.check_own()
         kernels = any(program.backend_of(param) != "reference" for param in self.of)
         launches = program.optimizer.launches
-        # Beside what kernels cannot walk, a plan leaves a parameter to the reference while it holds.
+        # A plan made beside what kernels cannot walk leaves that to the reference while it holds.
         assert (launches > 0) == kernels or program.irregular, f"{launches} launches"
 
     def check_own(self) -> None:

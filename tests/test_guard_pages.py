@@ -23,7 +23,7 @@ def run(what: str) -> str:
     return result.stdout
 
 
-TENSORS = {"default": 7504, "reference": 2144, "fused": 72}
+TENSORS = {"default": 7504, "reference": 1072, "fused": 36}
 
 
 @pytest.mark.parametrize(("on", "tensors"), TENSORS.items())

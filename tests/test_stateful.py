@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis.stateful import run_state_machine_as_test
+from stateful import COUNTS, run_programs
 
-from stateful import COUNTS, machine, short
-
-PROGRAMS = {"reference": 20, "default": 14, "fused": 6}
-STEPS = {"reference": 200, "default": 150, "fused": 20}
+PROGRAMS = {"reference": 30, "default": 20, "fused": 6}
+STEPS = {"reference": 200, "default": 200, "fused": 50}
 """At least: a machine that hardly steps would find nothing."""
 
 
 @pytest.mark.parametrize("on", PROGRAMS)
 def test_whatever_a_user_does_the_next_step_is_right(on: str) -> None:
     COUNTS.clear()
-    run_state_machine_as_test(machine(on), settings=short(PROGRAMS[on], steps=20))
+    run_programs(on, number=0, programs=PROGRAMS[on], steps=30)
     assert COUNTS["steps"] >= STEPS[on]
     # Elsewhere roundings could explain anything: next to a jump, or where a small number divides.
     assert COUNTS["judged"] >= 0.99 * COUNTS["elements"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pytest
+
 from stateful import COUNTS, run_programs
 
 PROGRAMS = {"reference": 30, "default": 20, "fused": 6}

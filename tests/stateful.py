@@ -276,9 +276,11 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: "interrupted" not in OPEN_FAULTS)
     @rule(share=st.floats(0, 1), number=SEEDS)
     def interrupt(self, share: float, number: int) -> None:
-        self.program.set_grads(["same"] * 6, 1.0, number)
-        self.program.interrupt(share)
-        self.program.step()
+        # What lies between count and moments is a small part of the lines, at the end of them.
+        for turn in range(6):
+            self.program.set_grads(["same"] * 6, 1.0, number + turn)
+            self.program.interrupt((share + 1 - 2.0**-turn) % 1)
+            self.program.step()
 
     @invariant()
     def holds(self) -> None:

@@ -35,7 +35,7 @@ SHAPES = [(), (0,), (1,), (3,), (5, 3), (4, 4), (2, 3, 4, 5), (67,), (3, 0, 2), 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 MEMORY = ["plain", "permuted", "odd", "gaps"]
 GRADS = ["same", "same", "same", "wide", "permuted", "gaps", "expanded", "zeros", "neg", "none"]
-SIZES = [1.0, 1.0, 1.0, 1e-3, 1e-12, 1e-25, 1e4, 1e19, 1e20]
+SIZES = [1.0, 1.0, 1e-3, 1e-12, 1e-25, 1e4, 1e19, 1e20, 1e20]
 
 COUNTS: Counter[str] = Counter()
 """Of this process: programs, actions, steps, refused steps, elements, and those judged."""

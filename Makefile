@@ -7,7 +7,7 @@ INTEGRATION := .venv-integration
 # The environment of the wheel has nothing but the wheel, so that it finds what the wheel forgot.
 WHEEL_PYTHON := .venv-wheel/bin/python
 
-.PHONY: check demo test test-integration test-triton bench docs figures lint types wheel clean
+.PHONY: check demo test fuzz test-integration test-triton bench docs figures lint types wheel clean
 
 check: $(READY)  ## whether every optimizer is right on this machine, and which path runs
 	$(BIN)/fusedreg check
@@ -17,6 +17,9 @@ demo: $(READY)  ## train on real data, compare with scikit-learn and torch.optim
 
 test: $(READY)  ## the whole suite with branch coverage
 	$(BIN)/pytest -n 2 --benchmark-disable --cov
+
+fuzz: $(READY)  ## random programs around the optimizers, in other ones than the suite's
+	$(BIN)/python tests/stateful.py $(FUZZ)
 
 test-integration: $(INTEGRATION)/.ready  ## train with transformers, accelerate and lightning
 	$(INTEGRATION)/bin/pytest tests/integration

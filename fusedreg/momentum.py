@@ -23,9 +23,15 @@ def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
     >>> average(torch.tensor([1.0, -(2.0**127)]), torch.tensor([2.0, 2.0**127]), 0.25)
     tensor([ 1.2500e+00, -8.5071e+37])
     """
-    # At half the size, because the difference may be twice the largest number. Halves are exact.
-    half = 0.5 * old
-    return 2.0 * (half + weight * (0.5 * new - half))
+    # From the nearer end, so that nothing is left of an `old` that has no weight. At half the size,
+    # because the difference may be twice the largest number. Halves are exact.
+    half, half_new = 0.5 * old, 0.5 * new
+    if isinstance(weight, Tensor):
+        base = torch.where(weight < 0.5, half, half_new)
+        factor: Number = torch.where(weight < 0.5, weight, weight - 1)
+    else:
+        base, factor = (half, weight) if weight < 0.5 else (half_new, weight - 1)
+    return 2.0 * (base + factor * (half_new - half))
 
 
 def is_thresholded(group: Mapping[str, Any]) -> bool:

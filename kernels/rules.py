@@ -59,9 +59,12 @@ def power(base, exponent):
 @triton.jit
 def average(old, new, weight):
     """(1 - weight) * old + weight * new, whose two factors, rounded, would not sum to 1."""
-    # At half the size, because the difference may be twice the largest number. Halves are exact.
+    # From the nearer end, so that nothing is left of an `old` that has no weight. At half the size,
+    # because the difference may be twice the largest number. Halves are exact.
     half = 0.5 * old
-    return 2.0 * (half + weight * (0.5 * new - half))
+    near_old = weight < 0.5
+    base = tl.where(near_old, half, 0.5 * new)
+    return 2.0 * (base + tl.where(near_old, weight, weight - 1.0) * (0.5 * new - half))
 
 
 # ---- SGD -----------------------------------------------------------------------------------------
@@ -84,18 +87,18 @@ def sgd_momentum_scalars(options, counts):
     """c = momentum * c + (1 - dampening): what b makes of a constant gradient of 1."""
     momentum, dampening = options
     mass = counts[0]
-    # The first gradient enters the buffer, which holds zeros, undamped.
+    # The first gradient takes the place of the buffer, undamped.
     first = mass == 0.0
+    kept = tl.where(first, 0.0, momentum)
     complement = tl.where(first, 1.0, 1.0 - dampening)
     mass = momentum * mass + complement
-    return mass, (momentum, complement), (mass,)
+    return mass, (kept, complement), (mass,)
 
 
 @triton.jit
 def sgd_momentum(g, states, scalars):
     """b = momentum * b + (1 - dampening) * g and u = b."""
-    momentum, complement = scalars
-    b = momentum * states[0] + complement * g
+    b = scalars[0] * states[0] + scalars[1] * g
     return b, 1.0, (b,)
 
 
@@ -103,14 +106,14 @@ def sgd_momentum(g, states, scalars):
 def sgd_nesterov_scalars(options, counts):
     """As sgd_momentum; the gain is 1 + momentum * c."""
     mass, scalars, counts = sgd_momentum_scalars(options, counts)
-    return 1.0 + options[0] * mass, scalars, counts
+    return 1.0 + options[0] * mass, (scalars[0], scalars[1], options[0]), counts
 
 
 @triton.jit
 def sgd_nesterov(g, states, scalars):
     """u = g + momentum * b."""
     b, gain, states = sgd_momentum(g, states, scalars)
-    return g + scalars[0] * b, gain, states
+    return g + scalars[2] * b, gain, states
 
 
 # ---- Adam ----------------------------------------------------------------------------------------
@@ -309,7 +312,7 @@ class Rule(NamedTuple):
 RULES = {
     "sgd": Rule(sgd_scalars, sgd, 0),
     "sgd_momentum": Rule(sgd_momentum_scalars, sgd_momentum, 2),
-    "sgd_nesterov": Rule(sgd_nesterov_scalars, sgd_nesterov, 2),
+    "sgd_nesterov": Rule(sgd_nesterov_scalars, sgd_nesterov, 3),
     "adam": Rule(adam_scalars, adam, 6),
     "adam_amsgrad": Rule(adam_scalars, adam_amsgrad, 6),
     "rmsprop": Rule(rmsprop_scalars, rmsprop, 4),

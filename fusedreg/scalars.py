@@ -79,7 +79,9 @@ def pair(values: Any) -> tuple[Any, ...]:
 
 def is_zero(value: Number) -> bool:
     """Whether `value` is known on the host to be 0 (a number on a device is not looked at)."""
-    return not isinstance(value, Tensor) and value == 0
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and on_host(value) and value.item() == 0
+    return value == 0
 
 
 def select(keep: Flag, target: Tensor, value: Number) -> Number:

@@ -146,7 +146,7 @@ def read_beside(by: int) -> None:
     address = grad.data_ptr() + by * grad.itemsize
     table: Any = launch.build([[address]], [grad.numel()], [0], torch.device("cpu"))
     partials = torch.empty(1, dtype=torch.float64)
-    launch.norms(table, torch.tensor([address]), partials, 0, torch.float32, False)
+    launch.norms(table, torch.tensor([address]), partials, 0, torch.float32, False)()
     assert float(partials) == 1000**0.5
 
 

@@ -227,12 +227,13 @@ class Program:
         """Whether kernels can walk its gradient and moments, and read its counts."""
         state = self.state_of(param)
         moments = [state[name] for name in self.cls.tensor_states if name in state]
+        moments = [x for x in moments if x is not None]  # as after a reset
         counts = [state[name] for name in self.cls.scalar_states if name in state]
         return (
             not (param.grad is not None and param.grad.is_neg())
             and len({x.dtype for x in moments}) <= 1
             and all(torch.ops.aten.is_non_overlapping_and_dense.default(x) for x in moments)
-            and all(x.is_floating_point() for x in counts)
+            and all(isinstance(x, Tensor) and x.is_floating_point() for x in counts)
         )
 
     def check_loads(self) -> None:

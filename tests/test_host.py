@@ -150,7 +150,7 @@ def test_norms_of_float64_neither_overflow_nor_vanish(entry: float, size: int) -
     table = launcher.build([[param.data_ptr()]], [size], [0], torch.device("cpu"))
     partials = torch.empty(table.chunks, dtype=torch.float64)
     addresses = torch.tensor([param.grad.data_ptr()])
-    launcher.norms(table, addresses, partials, 0, torch.float64, True)
+    launcher.norms(table, addresses, partials, 0, torch.float64, True)()
     exact = entry * 2**0.5  # inf where that is above the largest number
     expected = torch.tensor([exact], dtype=torch.float64)
     # A root, a product and each square round by half an ulp.

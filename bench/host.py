@@ -16,20 +16,18 @@ from unittest import mock
 import torch
 
 import fusedreg
-from fusedreg import backend, engine, inventory
+from fusedreg import backend, engine, inventory, lines
 
 TENSORS, GROUPS, NUMEL = 300, 2, 4
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2, "fused": True}
 CASES = ("addresses unchanged", "addresses changed")
 IMPLEMENTATIONS = {"fusedreg": fusedreg.AdamW, "torch": torch.optim.AdamW}
 PARTS = {
-    "options": (inventory.Inventory, "_take_options"),
-    "parameters and states": (inventory.Inventory, "_places_in_memory"),
-    "gradients": (inventory.Inventory, "_take_grads"),
+    "options": (lines.Lines, "refresh"),
+    "tensors": (inventory.Inventory, "_take_tensors"),
     "sending addresses": (engine.Plan, "_send_grads"),
     "sending numbers": (engine.Plan, "_send_numbers"),
-    "launching rows": (engine.Plan, "_rows"),
-    "launching steps": (engine.Plan, "_step"),
+    "launching": (engine.Plan, "_do"),
 }
 
 

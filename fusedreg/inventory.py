@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fusedreg.backend import is_plain, same_layout
-from fusedreg.dist import is_sharded_alike, local, spread_of
+from fusedreg.dist import is_sharded_alike, local, spread_of, where_of
 from fusedreg.lines import Groups, Lines, Rule
 
 try:
@@ -90,9 +90,10 @@ class Inventory:
         self.params = list(map(local, chosen))
         self.numels = [param.numel() for param in self.params]
         self.empty = [i for i, numel in enumerate(self.numels) if numel == 0]
-        states = self._states_of(self.stepped, state)
-        self.grads_begin = len(self.params) + len(states)
-        self.fixed_facts = list(map(_facts, [*self.params, *states]))
+        fixed = [*self.stepped, *self._states_of(self.stepped, state)]
+        self.grads_begin = len(fixed)
+        self.where = list(map(where_of, fixed)) if self.sharded else []
+        self.fixed_facts = list(map(_facts, map(local, fixed)))
         self.addresses: list[int] = []
         """Of parameters, then states, then gradients; 0 for a gradient that is not there."""
         self.stale_grads = self.stale_tables = True
@@ -201,7 +202,7 @@ class Inventory:
             named = zip(params, self.names, strict=True)
             # get, because a defaultdict would make an entry
             states = [state.get(param, {})[name] for param, names in named for name in names]
-        return list(map(local, states)) if self.sharded else states
+        return states
 
     def _take_tensors(self, params: list[Tensor], state: States) -> bool:
         """Take over where tensors are; False where one is to be read in another way."""
@@ -211,7 +212,9 @@ class Inventory:
             pairs = zip(params, grads, strict=True)
             if not all(grad is None or is_sharded_alike(param, grad) for param, grad in pairs):
                 return False
-            params = list(map(local, params))
+            if [where_of(tensor) for tensor in chain(params, states)] != self.where:
+                return False
+            params, states = list(map(local, params)), list(map(local, states))
             grads = [None if grad is None else local(grad) for grad in grads]
         known = True
         for i in self._missing:

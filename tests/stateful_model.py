@@ -153,12 +153,20 @@ def step(
     # A moment that is too large for its dtype is infinite, and what that does to w is not said.
     sizes = [torch.maximum(m.low.abs(), m.high.abs()) for m in moved.values() if _spans(m)]
     lost = sum((~(size <= kind.largest) for size in sizes), torch.zeros_like(start.low)) > 0
+    moved = {name: _in_range(m, kind) if _spans(m) else m for name, m in moved.items()}
     if cls.layerwise:
         lost = lost.any()
     low, high = (torch.where(lost, torch.nan, end) for end in (w_new.low, w_new.high))
     if options["lr"] == 0:
         low = high = start.low
     return Expected(Interval(low, high, kind), moved)
+
+
+def _in_range(moment: Interval, kind: Precision) -> Interval:
+    """A moment as the arithmetic has it, whose numbers end before those of a wider state."""
+    low = torch.where(moment.low < -kind.largest, -torch.inf, moment.low)
+    high = torch.where(moment.high > kind.largest, torch.inf, moment.high)
+    return Interval(low, high, kind)
 
 
 def _around(

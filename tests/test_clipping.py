@@ -83,7 +83,7 @@ def test_clipping_is_torchs_clip_and_then_the_step(
         torch.testing.assert_close(w, other, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 5e-7, 1.0, 5.0, 5.000001, 100.0])
+@pytest.mark.parametrize("max_grad_norm", [5e-7, 1.0, 5.0, 5.000001, 100.0])
 @pytest.mark.parametrize("gradient", [[3.0, -4.0], [3e-7, -4e-7], [0.0, -0.0]], ids=str)
 def test_factor_is_torchs_below_at_and_above_the_norm(
     gradient: list[float], max_grad_norm: float, path: str
@@ -290,20 +290,6 @@ def test_clipping_is_of_the_loss_gradient_alone(
 
 @few_paths
 @pytest.mark.parametrize("case", **by_id(CASES))
-def test_max_grad_norm_zero_leaves_the_penalty(case: Case, path: str) -> None:
-    params, others = parameters(), parameters()
-    clipped, unforced = case.make(params, path, max_grad_norm=0.0), case.make(others, path)
-    for seed in range(3):
-        set_grads(params, seed)
-        for w in others:
-            w.grad = torch.zeros_like(w)
-        clipped.step()
-        unforced.step()
-    assert all(torch.equal(w, other) for w, other in zip(params, others, strict=True))
-
-
-@few_paths
-@pytest.mark.parametrize("case", **by_id(CASES))
 def test_infinite_max_grad_norm_only_measures(case: Case, path: str) -> None:
     params, others = parameters(), parameters()
     measured, plain = case.make(params, path, max_grad_norm=math.inf), case.make(others, path)
@@ -382,7 +368,7 @@ def test_max_grad_norm_may_change_at_any_time(path: str) -> None:
     optimizer = sgd([w], path)
     expected = torch.zeros_like(w)
     grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    for max_grad_norm in (None, 2.0, math.inf, 1.0, None, 0.0):
+    for max_grad_norm in (None, 2.0, math.inf, 1.0, None, 0.5):
         optimizer.max_grad_norm = max_grad_norm
         assert optimizer.max_grad_norm == max_grad_norm
         w.grad = grad.clone()

@@ -123,8 +123,10 @@ def test_decoupled_decay_never_enters_the_moments(case: Case, path: str) -> None
     decayed, plain = case.make(params, path), without_decay(case).make(others, path)
     run(decayed, steps=3)
     run(plain, steps=3)
+    # The trust ratio makes the step of a single element as long as it is, with decay or without.
+    least = 2 if case.cls.layerwise else 1
     for w, other in zip(params, others, strict=True):
-        assert w.numel() == 0 or not torch.equal(w, other)
+        assert w.numel() < least or not torch.equal(w, other)
         for name in plain.state[other]:
             assert same_bits(decayed.state[w][name], plain.state[other][name]), name
 

@@ -15,7 +15,7 @@ import fusedreg
 from stateful import run_programs
 from stateful_program import COUNTS, Program, interrupted
 
-PROGRAMS = {"reference": 30, "default": 20, "fused": 6}
+PROGRAMS = {"reference": 45, "default": 35, "fused": 6}
 STEPS = {"reference": 200, "default": 200, "fused": 50}
 """At least: a machine that hardly steps would find nothing."""
 

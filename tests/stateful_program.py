@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
 import sys
 from collections import Counter
@@ -107,6 +108,11 @@ def around(params: list[nn.Parameter]) -> list[Any]:
 
 # ---- interrupts ----------------------------------------------------------------------------------
 
+DEVICE_CODE = tuple(
+    f"{os.sep}kernels{os.sep}{name}.py"
+    for name in ("engine", "rows", "norms", "memory", "rules", "penalty")
+)
+"""What a GPU runs in one piece, without interrupts. Only the interpreter takes it by lines."""
 PACKAGE = tuple(
     str(Path(module.__file__ or "").parent) + "/"
     for module in (fusedreg, __import__("fusedreg.kernels", fromlist=["kernels"]))
@@ -123,7 +129,8 @@ def interrupted(at: int) -> Iterator[list[int]]:
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         if event == "call":
-            return trace if frame.f_code.co_filename.startswith(PACKAGE) else None
+            file = frame.f_code.co_filename
+            return trace if file.startswith(PACKAGE) and not file.endswith(DEVICE_CODE) else None
         if event == "line":
             lines[0] += 1
             if lines[0] == at:

@@ -1,8 +1,8 @@
 """The step on a device: a handful of launches for all tensors of a plan.
 
-A plan is made when something new appears and used until something moves. A step sends the
-gradients' addresses and the groups' numbers only if they changed, and waits for nothing. See
-docs/engine.md.
+A plan is made for the tensors as they are read now, and used until one has another shape, strides,
+dtype, device or class, or a group asks for other kernels. A step sends addresses and the groups'
+numbers only if they changed, and waits for nothing. See docs/engine.md.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Plan:
         self.launched: list[Call] = []
         """In this step."""
         self._again: list[Call] = []
-        """All launches of a step without norm, scale or skip; empty where none was like that."""
+        """Those of the last step. Empty unless it had no norm, no scale and no skip."""
 
     @property
     def device(self) -> torch.device | None:
@@ -142,7 +142,7 @@ class Plan:
             with _current(device):
                 grads = self._send_grads(device, memory)
                 numbers = self._send_numbers(device, memory, header)
-                # Only in a graph addresses and numbers are elsewhere, and its tensors are its own.
+                # Only a step that is captured has other tensors for addresses and numbers.
                 same = grads is memory.views and numbers is memory.numbers
                 if grad_norm is not None:
                     self._do(self._prepared(memory, "norms", same, self._norms, grads))
@@ -155,8 +155,8 @@ class Plan:
                     grad_norm=grad_norm,
                     skipped=skipped,
                 )
-                plain = same and all(number is None for number in numbers_of_norm)
-                self._do(self._prepared(memory, "rows", plain, rows, grads))
+                usual = same and all(number is None for number in numbers_of_norm)
+                self._do(self._prepared(memory, "rows", usual, rows, grads))
                 if self.inventory.layerwise:
                     squares = partial(self._squares, scaled=scaled)
                     self._do(self._prepared(memory, ("squares", scaled), same, squares, grads))
@@ -206,7 +206,7 @@ class Plan:
         """What is left to do on the host, once all is launched."""
         if moved:
             # As any operation in place does: a backward pass through the old values must fail.
-            torch.autograd.graph.increment_version(self.inventory.stepped)
+            torch.autograd.graph.increment_version(self.inventory.with_grads)
         if not self.capturing():
             self.inventory.stale_grads = self.inventory.options.stale = False
         self.inventory.copies.clear()

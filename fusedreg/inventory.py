@@ -287,9 +287,17 @@ class Inventory:
         return all(address or place in absent for place, address in enumerate(addresses))
 
     @property
+    def with_grads(self) -> list[Tensor]:
+        """Those of the chosen parameters that have a gradient in this step."""
+        if not self._missing:
+            return self.stepped
+        missing = set(self._missing)
+        return [param for i, param in enumerate(self.stepped) if i not in missing]
+
+    @property
     def has_grads(self) -> bool:
         """Whether any of the chosen parameters has a gradient in this step."""
-        return any(self.addresses[self.grads_begin :])
+        return len(self._missing) < len(self.stepped)
 
 
 def _facts(tensor: Any) -> tuple[Any, ...]:

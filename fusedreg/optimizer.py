@@ -104,9 +104,9 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
         )
-        # A subclass with a step of its own, which torch wraps, has had its hooks called.
-        own = getattr(type(self).step, "__wrapped__", None) is wrapper
-        return (whole if watched and own else step)(self, *args, **kwargs)
+        # Where torch has wrapped the step of a subclass, the hooks have been called.
+        called = getattr(type(self).step, "__code__", None) is whole.__code__
+        return (step if called or not watched else whole)(self, *args, **kwargs)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it again
     return wrapper
@@ -760,14 +760,15 @@ class FusedOptimizer(Optimizer):
         for param in params:
             device = param.device
             part = local(param)
-            before = part._version
+            # A tensor made in inference mode has no version; its own operations count any other's.
+            before = None if part is param else part._version
             reference.update(
                 self,
                 *self._reference_arguments(param, settings[device], number(scale, device)),
                 number(skip, device),
                 squares.get(param),
             )
-            if part is not param and part._version != before:  # of which a DTensor does not know
+            if before is not None and part._version != before:  # of which a DTensor does not know
                 torch.autograd.graph.increment_version(param)
 
     def _reference_arguments(

@@ -115,6 +115,7 @@ STEPS = {
     "plain": lambda p: p.step(),
     "closure": lambda p: p.step_with_closure(),
     "scaled": lambda p: p.step_scaled(4.0, 0.0),
+    "only scaled": lambda p: p.step_scaled(4.0, None),
     "overflow": lambda p: p.step_scaled(4.0, 2.0),
     "hooks": lambda p: p.step_with_hooks(0.05),
     "again": lambda p: (p.step(), p.step()),
@@ -158,11 +159,11 @@ class Machine(RuleBasedStateMachine):
         program.optimizer.skip_nonfinite = True
         program.step()
 
-    @rule(number=SEEDS, times=st.integers(1, 12))
-    def step_along_the_same_memory(self, number: int, times: int) -> None:
-        for turn in range(times):
+    @rule(number=SEEDS, hows=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=12))
+    def step_along_the_same_memory(self, number: int, hows: list[str]) -> None:
+        for turn, how in enumerate(hows):
             self.program.write_grads(number + turn)
-            self.program.step()
+            STEPS[how](self.program)
 
     @rule(index=NUMBERS, memory=st.sampled_from(MEMORY))
     def move(self, index: int, memory: str) -> None:

@@ -672,14 +672,16 @@ class Program:
 
         assert self.step(closure) == 0.5
 
-    def step_scaled(self, scale: float, found_inf: float) -> None:
-        """As GradScaler has it with fused=True."""
+    def step_scaled(self, scale: float, found_inf: float | None) -> None:
+        """As GradScaler has it with fused=True, and without its word on overflows."""
         self.optimizer.grad_scale = torch.tensor(scale)
-        self.optimizer.found_inf = torch.tensor(found_inf)
+        if found_inf is not None:
+            self.optimizer.found_inf = torch.tensor(found_inf)
         try:
-            self.step(grad_scale=scale, found_inf=found_inf)
+            self.step(grad_scale=scale, found_inf=found_inf or 0.0)
         finally:
-            del self.optimizer.grad_scale, self.optimizer.found_inf
+            for name in {"grad_scale", "found_inf"} & vars(self.optimizer).keys():
+                delattr(self.optimizer, name)
 
     def step_with_hooks(self, lr: float) -> None:
         """A hook before the step that sets lr, and one after it that raises."""

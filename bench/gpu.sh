@@ -48,7 +48,7 @@ sanitize() { # TOOL SECONDS OPTIONS...
 }
 
 stage machine 30 "$python" -c "
-import fusedreg.kernels.launch, platform, sys, torch, triton
+import fusedreg.kernels.gpu.backend, platform, sys, torch, triton
 print(platform.platform(), 'python', platform.python_version())
 print('torch', torch.__version__, 'triton', triton.__version__, 'cuda', torch.version.cuda)
 print('fusedreg', fusedreg.__version__, fusedreg.__file__)

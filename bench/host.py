@@ -16,7 +16,10 @@ from unittest import mock
 import torch
 
 import fusedreg
-from fusedreg import backend, engine, inventory, lines
+from fusedreg import backend
+from fusedreg.engine import numbers as lines
+from fusedreg.engine import plan as engine
+from fusedreg.engine import watch as inventory
 
 TENSORS, GROUPS, NUMEL = 300, 2, 4
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2, "fused": True}

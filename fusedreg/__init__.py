@@ -1,14 +1,15 @@
 """Drop-in torch.optim optimizers with exact weight decay, L1 and clipping inside the step."""
 
 from fusedreg import penalty
-from fusedreg.adagrad import Adagrad
-from fusedreg.adam import Adam, AdamW
 from fusedreg.groups import param_groups, sparsity
-from fusedreg.lamb import LAMB
-from fusedreg.lion import Lion
 from fusedreg.optimizer import FusedOptimizer
-from fusedreg.rmsprop import RMSprop
-from fusedreg.sgd import SGD
+from fusedreg.optimizers.adagrad import Adagrad
+from fusedreg.optimizers.adam import Adam
+from fusedreg.optimizers.adamw import AdamW
+from fusedreg.optimizers.lamb import LAMB
+from fusedreg.optimizers.lion import Lion
+from fusedreg.optimizers.rmsprop import RMSprop
+from fusedreg.optimizers.sgd import SGD
 
 __all__ = [
     "LAMB",

@@ -49,11 +49,11 @@ def problem() -> str | None:
 
 @cache
 def kernels() -> ModuleType | None:
-    """`fusedreg.kernels.launch`, or None after one warning where triton cannot be used."""
+    """`fusedreg.kernels.gpu.backend`, or None after one warning where triton cannot be used."""
     found = problem()
     if found is None:
         # A missing module of our own is an error, never a silent slow path.
-        return importlib.import_module("fusedreg.kernels.launch")
+        return importlib.import_module("fusedreg.kernels.gpu.backend")
     warnings.warn(
         f"{found}, so fusedreg steps GPU parameters on its slow reference path. Install "
         f"'{NEEDED}', or pass fused=False to choose the reference without this warning.",
@@ -86,10 +86,10 @@ def host_problem() -> str | None:
 
 @cache
 def host_kernels() -> ModuleType | None:
-    """`fusedreg.kernels.host.launch`, or None where llvmlite cannot be used."""
+    """`fusedreg.kernels.cpu.backend`, or None where llvmlite cannot be used."""
     if host_problem() is not None:
         return None
-    return importlib.import_module("fusedreg.kernels.host.launch")
+    return importlib.import_module("fusedreg.kernels.cpu.backend")
 
 
 def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | None:

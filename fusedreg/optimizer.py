@@ -36,8 +36,8 @@ from fusedreg.checks import (
     check_state_dtype,
 )
 from fusedreg.dist import Group, ProcessGroup, Spread, local
-from fusedreg.engine import NOT_BEFORE_CAPTURE, Plan, is_capturing
-from fusedreg.inventory import Inventory
+from fusedreg.engine.plan import NOT_BEFORE_CAPTURE, Plan, is_capturing
+from fusedreg.engine.watch import Inventory
 from fusedreg.norms import clip_factor, norms_by_spread
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Flag, Number, is_traced, is_zero, number, on_host, pair, settled
@@ -243,7 +243,7 @@ class FusedOptimizer(Optimizer):
                 )
 
     def device_rule(self, group: Settings) -> Any:
-        """The rule for kernels: a `fusedreg.kernels.rules.Rule`, or the name of one there.
+        """The rule for kernels: a `fusedreg.kernels.device.rules.Rule`, or the name of one there.
 
         None, as here, leaves all parameters of the group to the reference path.
         """

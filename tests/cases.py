@@ -1,7 +1,7 @@
 """Which of the package's cases a test takes, and the tensors that they step.
 
-The table itself is fusedreg/cases.py: a new optimizer adds rules there, a new backend adds a path;
-no test changes.
+The table itself is fusedreg/check/cases.py: a new optimizer adds rules there, a new backend adds a
+path; no test changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedreg.cases import (
+from fusedreg.check.cases import (
     CASES,
     CLASSES,
     DTYPES,

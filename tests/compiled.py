@@ -81,7 +81,7 @@ def _start(cache: Path) -> None:
     from triton.runtime.jit import JITFunction
 
     from fusedreg import backend
-    from fusedreg.kernels import launch
+    from fusedreg.kernels.gpu import backend as launch
 
     original = JITFunction.run
 
@@ -120,7 +120,7 @@ def binaries(
     case: Any, dtype: Any, target: str, *, offset: int = 0, contract: bool = False, **options: Any
 ) -> dict[str, Binary]:
     """The kernels of one step of a case; `contract` asks for contraction, which we never do."""
-    from fusedreg.kernels import launch
+    from fusedreg.kernels.gpu import backend as launch
 
     tensors = params(dtype, [FULL, PARTIAL], offset)
     before = launch.LAUNCH_OPTIONS
@@ -185,7 +185,9 @@ def hashes_of_own(old: str, new: str) -> dict[str, str]:
 @contextmanager
 def _edited(edit: tuple[str, str, str] | None) -> Iterator[None]:
     """Take rules and penalties from copies of their files, one of them edited."""
-    from fusedreg.kernels import launch, penalty, rules
+    from fusedreg.kernels.device import penalties as penalty
+    from fusedreg.kernels.device import rules
+    from fusedreg.kernels.gpu import backend as launch
 
     copies = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -37,7 +37,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """
     if request.param != "device":
         return request.param
-    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.lines, fusedreg.optimizer):
+    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine.numbers, fusedreg.optimizer):
         monkeypatch.setattr(module, "on_host", lambda value: False)
     return "reference"
 

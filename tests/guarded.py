@@ -20,8 +20,8 @@ from torch import Tensor, nn
 if "fused" in sys.argv:
     import conftest  # noqa: F401  # which has triton interpret, as in the suite
 
-from fusedreg.cases import DTYPES, PENALTIES, RULES, Case
-from fusedreg.kernels.host import launch
+from fusedreg.check.cases import DTYPES, PENALTIES, RULES, Case
+from fusedreg.kernels.cpu import launch
 
 # Every tail of a vector and of a block of them; around a block (1,024) and a chunk of triton's
 # kernels; around a chunk of the CPU's, and of two.

@@ -19,8 +19,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fusedreg.kernels import launch as kernels
 from fusedreg.kernels import table
+from fusedreg.kernels.gpu import backend as kernels
 
 FLOATS = {tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64}
 _cast_impl = interpreter.InterpreterBuilder.cast_impl

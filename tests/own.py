@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 import fusedreg
-from fusedreg.kernels import rules
-from fusedreg.kernels.rules import Rule, adam_moments, square_root
+from fusedreg.kernels.device import rules
+from fusedreg.kernels.device.rules import Rule, adam_moments, square_root
 
 FLOOR = tl.constexpr(0.25)
 

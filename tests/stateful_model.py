@@ -1,5 +1,5 @@
-"""What a step must give, in intervals around float64: the formulas of fusedreg/cases.py and what is
-around them, sharing no code with the package.
+"""What a step must give, in intervals around float64: the formulas of fusedreg/check/cases.py and
+the step around them, sharing no code with the package.
 
 A model of one optimizer would drift from it, rounding by rounding. So a step is judged alone: it
 begins with the stored values, and each result must be within what the roundings of one step can do.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedreg.cases import FORMULAS
+from fusedreg.check.cases import FORMULAS
 from fusedreg.check.oracle import shrink
 
 from intervals import Count, Interval, Precision, precision

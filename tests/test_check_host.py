@@ -177,7 +177,7 @@ def test_a_fault_of_the_host_is_noticed(name: str, monkeypatch: pytest.MonkeyPat
     found = accuracy.problems([BY_ID[case]], [torch.float32], accuracy.LARGE)
     (step,) = (each for each in found if each.inputs.steps and HOST.takes(each))
     assert measure(step, HOST).failures == ()
-    monkeypatch.setattr(importlib.import_module(f"fusedreg.kernels.host.{module}"), name, fault)
+    monkeypatch.setattr(importlib.import_module(f"fusedreg.kernels.cpu.{module}"), name, fault)
     forget_kernels(monkeypatch)
     (failure,) = measure(step, HOST).failures
     assert re.fullmatch(r"error .* ulp, bound 16", failure)
@@ -189,7 +189,7 @@ def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("norm_loop", "rows_loop", "step_loop"):
         monkeypatch.setattr(launch, name, cache(getattr(launch, name).__wrapped__))
     build, engine = (
-        importlib.import_module(f"fusedreg.kernels.host.{name}") for name in ("build", "engine")
+        importlib.import_module(f"fusedreg.kernels.cpu.{name}") for name in ("build", "engine")
     )
     anew = cache(build.device.__wrapped__)
     monkeypatch.setattr(build, "device", anew)

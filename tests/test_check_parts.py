@@ -339,7 +339,7 @@ def test_triton_is_not_asked_for_off_linux(
 
 
 def test_a_repository_that_is_not_installed(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fusedreg.kernels.launch", None)
+    monkeypatch.setitem(sys.modules, "fusedreg.kernels.gpu.backend", None)
     for device, is_broken in ((CUDA, True), (CPU, False)):
         (found,) = examine([device])
         assert names([found]) == [("kernels", is_broken)]
@@ -458,7 +458,7 @@ def test_a_gpu_that_torch_does_not_see(
     assert examine([CUDA]) == []
 
 
-@pytest.mark.parametrize("missing", ["triton", "fusedreg.kernels.launch"])
+@pytest.mark.parametrize("missing", ["triton", "fusedreg.kernels.gpu.backend"])
 def test_interpreting_what_is_missing(
     missing: str, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusedreg
-from fusedreg.kernels.launch import LAUNCH_OPTIONS, block_of
+from fusedreg.kernels.gpu.backend import LAUNCH_OPTIONS, block_of
 
 import compiled
 from cases import CASES, DTYPES, KERNEL_CASES, SOME, Case, by_id
@@ -308,7 +308,7 @@ def scale_gradients() -> None:
     """What GradScaler says is read on the device."""
     optimizer = fusedreg.LAMB(compiled.params(torch.float16, [compiled.PARTIAL]), fused=True)
     optimizer.max_grad_norm = 1.0
-    with mock.patch.object(fusedreg.lines, "on_host", return_value=False):
+    with mock.patch.object(fusedreg.engine.numbers, "on_host", return_value=False):
         for scale in (2.0, 4.0):
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
             optimizer.step()

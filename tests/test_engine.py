@@ -20,7 +20,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedreg
-from fusedreg import backend, engine
+from fusedreg import backend
+from fusedreg.engine import plan as engine
 
 from cases import PATHS, SOME, Case, by_id, parameters, run, set_grads, tensors, ulp
 from compare import assert_close, assert_steps_agree, frozen, pair, parameters_of, results
@@ -452,7 +453,7 @@ def test_new_triton_is_taken(
 ) -> None:
     triton = importlib.import_module("triton")
     monkeypatch.setattr(triton, "__version__", version)
-    assert backend.device_kernels(CUDA, fused=None).__name__ == "fusedreg.kernels.launch"
+    assert backend.device_kernels(CUDA, fused=None).__name__ == "fusedreg.kernels.gpu.backend"
 
 
 # ---- arithmetic that only a device has -----------------------------------------------------------

@@ -7,7 +7,12 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOUR = ("fusedreg/lion.py", "kernels/rules.py", "fusedreg/__init__.py", "fusedreg/cases.py")
+FOUR = (
+    "fusedreg/optimizers/lion.py",
+    "kernels/device/rules.py",
+    "fusedreg/__init__.py",
+    "fusedreg/check/cases.py",
+)
 
 
 def names_in(file: Path) -> set[str]:

@@ -24,12 +24,12 @@ from fusedreg import backend
 from cases import KERNEL_CASES, SOME, Case, by_id, parameters, run, set_grads, tensors
 from compare import assert_close, frozen, parameters_of, results
 
-engine: Any = importlib.import_module("fusedreg.kernels.host.engine")
-launch: Any = importlib.import_module("fusedreg.kernels.host.launch")
-values: Any = importlib.import_module("fusedreg.kernels.host.values")
-build: Any = importlib.import_module("fusedreg.kernels.host.build")
-language: Any = importlib.import_module("fusedreg.kernels.language")
-rules: Any = importlib.import_module("fusedreg.kernels.rules")
+engine: Any = importlib.import_module("fusedreg.kernels.cpu.loops")
+launch: Any = importlib.import_module("fusedreg.kernels.cpu.backend")
+values: Any = importlib.import_module("fusedreg.kernels.cpu.values")
+build: Any = importlib.import_module("fusedreg.kernels.cpu.compiler")
+language: Any = importlib.import_module("fusedreg.kernels.device.language")
+rules: Any = importlib.import_module("fusedreg.kernels.device.rules")
 own: Any = importlib.import_module("own")
 tl: Any = importlib.import_module("triton.language")
 where: Any = tl.where
@@ -254,7 +254,7 @@ def test_two_optimizers_step_at_once(two_threads: None) -> None:
 
 FORK = """
 import os, torch, fusedreg
-launch = __import__("fusedreg.kernels.host.launch", fromlist=["launch"])
+launch = __import__("fusedreg.kernels.cpu.backend", fromlist=["launch"])
 launch._openmp = lambda: None  # after a fork, torch's own operations hang where OpenMP is GNU's
 torch.set_num_threads(2)
 w = torch.nn.Parameter(torch.ones(400_000))
@@ -458,8 +458,8 @@ def without_triton(source: str) -> None:
 def test_a_rule_of_another_module_needs_no_triton() -> None:
     without_triton("""
 import torch, fusedreg
-from fusedreg.kernels.language import tl, triton
-from fusedreg.kernels.rules import Rule, divide as quotient
+from fusedreg.kernels.device.language import tl, triton
+from fusedreg.kernels.device.rules import Rule, divide as quotient
 
 @triton.jit
 def divide(a, b):

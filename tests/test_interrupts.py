@@ -21,7 +21,7 @@ import fusedreg
 from cases import parameters, set_grads
 from compare import parameters_of
 
-launch: Any = importlib.import_module("fusedreg.kernels.host.launch")
+launch: Any = importlib.import_module("fusedreg.kernels.cpu.backend")
 
 
 @pytest.fixture

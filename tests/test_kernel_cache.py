@@ -16,11 +16,11 @@ import torch
 
 import fusedreg
 
-build: Any = importlib.import_module("fusedreg.kernels.host.build")
-engine: Any = importlib.import_module("fusedreg.kernels.host.engine")
-store: Any = importlib.import_module("fusedreg.kernels.host.store")
-language: Any = importlib.import_module("fusedreg.kernels.language")
-rules: Any = importlib.import_module("fusedreg.kernels.rules")
+build: Any = importlib.import_module("fusedreg.kernels.cpu.compiler")
+engine: Any = importlib.import_module("fusedreg.kernels.cpu.loops")
+store: Any = importlib.import_module("fusedreg.kernels.cpu.store")
+language: Any = importlib.import_module("fusedreg.kernels.device.language")
+rules: Any = importlib.import_module("fusedreg.kernels.device.rules")
 
 POSIX = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no such permissions")
 
@@ -282,7 +282,7 @@ def test_another_rule_means_another_file(folder: Path) -> None:
 
 STEP = """
 import sys, torch, fusedreg
-from fusedreg.kernels.host import build
+from fusedreg.kernels.cpu import compiler as build
 compiled = 0
 optimised = build.optimised
 def counting(text, machine):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fusedreg
-from fusedreg.kernels.rules import RULES
+from fusedreg.kernels.device.rules import RULES
 
 from cases import PATHS, parameters, run, set_grads
 from compare import assert_close, assert_rounds_once, frozen, parameters_of, results

@@ -290,7 +290,7 @@ def test_backward_through_stepped_parameters_fails(path: str) -> None:
 
 
 def test_skip_on_the_device_ends_with_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.lines):
+    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine.numbers):
         monkeypatch.setattr(module, "on_host", lambda value: False)
     lr = torch.zeros((), dtype=torch.float64)
     param = nn.Parameter(torch.zeros(2))
@@ -429,7 +429,7 @@ def test_numbers_on_the_device_are_live_and_equal_those_of_the_host(
         plain.param_groups[0]["lr"] = rate
         run(plain, 1, first_seed=seed)
 
-    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.lines):
+    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine.numbers):
         monkeypatch.setattr(module, "on_host", lambda value: False)
     optimizer = case.make(parameters(shapes=[(5,), (7,)]), "fused", max_grad_norm=0.5)
     group = optimizer.param_groups[0]

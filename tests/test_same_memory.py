@@ -156,7 +156,7 @@ def test_moved_tensors_are_followed_without_a_new_plan(case: Case, path: str) ->
 def test_without_torchs_guards_every_tensor_is_looked_at(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fusedreg.inventory, "TensorGuards", None)
+    monkeypatch.setattr(fusedreg.engine.watch, "TensorGuards", None)
     for case in (PLAIN[fusedreg.Adam], FULL[fusedreg.SGD]):
         test_moved_tensors_are_followed_without_a_new_plan(case, path)
         test_transposed_memory_is_read_as_it_lies(case, path, "param", in_place=True)

@@ -151,6 +151,6 @@ def test_every_figure_is_shown_somewhere() -> None:
 
 def test_included_code_is_the_source(site: Path) -> None:
     blocks = [block.strip() for block in read(site / "adding-an-optimizer.html").blocks]
-    rules = (ROOT / "kernels/rules.py").read_text()
+    rules = (ROOT / "kernels/device/rules.py").read_text()
     body = rules.split("def sgd_momentum(", 1)[1].split("\n\n\n", 1)[0].strip()
     assert any(block.endswith(body) for block in blocks)

@@ -107,7 +107,7 @@ def test_kernels_train_a_wrapped_model_as_one_process(wrapper: str, case: Case) 
 def test_wrapped_model_trains_alike_where_numbers_are_on_the_device(wrapper: str) -> None:
     """As on an accelerator, where the host does not read the norm; see conftest.path."""
     with ExitStack() as patches:
-        for module in (fusedreg.scalars, fusedreg.checks, fusedreg.lines):
+        for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine.numbers):
             patches.enter_context(mock.patch.object(module, "on_host", return_value=False))
         train_both(wrapper, ADAMW, "reference", skip_nonfinite=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.kernels.memory import load, pointer
+from fusedreg.kernels.gpu.memory import load, pointer
 
 TINY = tl.constexpr(2.2250738585072014e-308)
 LARGEST = tl.constexpr(1.7976931348623157e308)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedreg.kernels.language import tl
+from fusedreg.kernels.device.language import tl
 
 # What the host sends: a header, then one line for each param group.
 MAX_NORM = tl.constexpr(0)  # inf: clip nothing

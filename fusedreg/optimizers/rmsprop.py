@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
-from fusedreg.momentum import average, check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizers.momentum import average, check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Number, is_zero
 
@@ -146,7 +146,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             state["momentum_mass"] = initial_mass(param, buffer, momentum)
 
     def device_rule(self, group: Settings) -> str:
-        """Name of this rule in `fusedreg.kernels.rules`."""
+        """Name of this rule in `fusedreg.kernels.device.rules`."""
         momentum = "" if is_zero(group["momentum"]) else "_momentum"
         return "rmsprop" + ("_centered" if group["centered"] else "") + momentum
 

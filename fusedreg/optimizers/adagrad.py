@@ -133,7 +133,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
             self.state[param]["sum"].share_memory_()
 
     def device_rule(self, group: Settings) -> str:
-        """Name of this rule in `fusedreg.kernels.rules`."""
+        """Name of this rule in `fusedreg.kernels.device.rules`."""
         return "adagrad"
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fusedreg.backend import is_plain, same_layout
 from fusedreg.dist import is_sharded_alike, local, spread_of, where_of
-from fusedreg.lines import Groups, Lines, Rule
+from fusedreg.engine.numbers import Groups, Lines, Rule
 
 try:
     from torch._C._dynamo.guards import TensorGuards

@@ -15,13 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedreg.kernels import penalty
 from fusedreg.kernels import table as tables
-from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
-from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
-from fusedreg.kernels.columns import ROW as ROW_WIDTH
-from fusedreg.kernels.columns import header, line, penalties, with_lr
-from fusedreg.kernels.host.engine import (
+from fusedreg.kernels.cpu.loops import (
     CHUNK,
     Kind,
     check,
@@ -31,7 +26,12 @@ from fusedreg.kernels.host.engine import (
     squares_loop,
     step_loop,
 )
-from fusedreg.kernels.rules import Rule, known, trust_ratio
+from fusedreg.kernels.device import penalties as penalty
+from fusedreg.kernels.device.rules import Rule, known, trust_ratio
+from fusedreg.kernels.layout import HEADER as HEADER_WIDTH
+from fusedreg.kernels.layout import OPTIONS as LINE_WIDTH
+from fusedreg.kernels.layout import ROW as ROW_WIDTH
+from fusedreg.kernels.layout import header, line, penalties, with_lr
 from fusedreg.kernels.table import Call, Table, Walk, constants, move, send
 
 __all__ = [

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fusedreg.dist import Spread
-from fusedreg.inventory import Inventory, States
-from fusedreg.lines import is_remote
+from fusedreg.engine.layout import Bucket, Memory, addresses_at, layout
+from fusedreg.engine.numbers import is_remote
+from fusedreg.engine.watch import Inventory, States
 from fusedreg.scalars import Flag, Number
-from fusedreg.tables import Bucket, Memory, addresses_at, layout
 
 NOT_BEFORE_CAPTURE = (
     "Cannot capture a step that has to create state, send tables from the host or load kernels: "

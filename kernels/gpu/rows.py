@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.kernels.columns import (
+from fusedreg.kernels.gpu.norms import fold
+from fusedreg.kernels.layout import (
     ACTIVE,
     COUPLED,
     DECAY_LR,
@@ -39,7 +40,6 @@ from fusedreg.kernels.columns import (
     SKIP_NONFINITE,
     SUBGRADIENT,
 )
-from fusedreg.kernels.norms import fold
 
 
 @triton.jit(do_not_specialize=["tensors", "parts"])

@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedreg.kernels import penalty
-from fusedreg.kernels.columns import HEADER as HEADER_WIDTH
-from fusedreg.kernels.columns import OPTIONS as LINE_WIDTH
-from fusedreg.kernels.columns import ROW as ROW_WIDTH
-from fusedreg.kernels.columns import header, line, penalties, with_lr
-from fusedreg.kernels.engine import fold_kernel, squares_kernel, step_kernel
-from fusedreg.kernels.norms import norm_kernel
-from fusedreg.kernels.rows import rows_kernel
-from fusedreg.kernels.rules import Rule, known, trust_ratio
+from fusedreg.kernels.device import penalties as penalty
+from fusedreg.kernels.device.rules import Rule, known, trust_ratio
+from fusedreg.kernels.gpu.norms import norm_kernel
+from fusedreg.kernels.gpu.rows import rows_kernel
+from fusedreg.kernels.gpu.walk import fold_kernel, squares_kernel, step_kernel
+from fusedreg.kernels.layout import HEADER as HEADER_WIDTH
+from fusedreg.kernels.layout import OPTIONS as LINE_WIDTH
+from fusedreg.kernels.layout import ROW as ROW_WIDTH
+from fusedreg.kernels.layout import header, line, penalties, with_lr
 from fusedreg.kernels.table import CHUNK, Call, Table, Walk, build, constants, move, send
 
 __all__ = [

@@ -14,7 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedreg.kernels.columns import (
+from fusedreg.kernels.cpu.compiler import built, device, written
+from fusedreg.kernels.cpu.language import absolute, square_root, where
+from fusedreg.kernels.cpu.values import (
+    DOUBLE,
+    FLOAT,
+    Pointer,
+    Value,
+    Variable,
+    count,
+    repeat,
+    when,
+)
+from fusedreg.kernels.layout import (
     ACTIVE,
     COUPLED,
     DECAY_LR,
@@ -38,18 +50,6 @@ from fusedreg.kernels.columns import (
     SKIP,
     SKIP_NONFINITE,
     SUBGRADIENT,
-)
-from fusedreg.kernels.host.build import built, device, written
-from fusedreg.kernels.host.language import absolute, square_root, where
-from fusedreg.kernels.host.values import (
-    DOUBLE,
-    FLOAT,
-    Pointer,
-    Value,
-    Variable,
-    count,
-    repeat,
-    when,
 )
 
 CHUNK = 65536

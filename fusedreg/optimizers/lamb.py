@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedreg.adam import Adam, Betas, checked_betas
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizers.adam import Adam, Betas, checked_betas
 
 
 class LAMB(Adam):

@@ -13,12 +13,12 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from fusedreg.kernels.host import language
-from fusedreg.kernels.host.store import stored
-from fusedreg.kernels.host.values import INT64, Value
-from fusedreg.kernels.language import tl
+from fusedreg.kernels.cpu import language
+from fusedreg.kernels.cpu.store import stored
+from fusedreg.kernels.cpu.values import INT64, Value
+from fusedreg.kernels.device.language import tl
 
-RULES = "fusedreg.kernels.rules"
+RULES = "fusedreg.kernels.device.rules"
 
 
 @cache

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedreg.kernels.columns import (
+from fusedreg.kernels.gpu.memory import load, pointer, store
+from fusedreg.kernels.layout import (
     ACTIVE,
     ROW,
     ROW_DECAY,
@@ -26,7 +27,6 @@ from fusedreg.kernels.columns import (
     ROW_SCALE,
     ROW_THRESHOLD,
 )
-from fusedreg.kernels.memory import load, pointer, store
 
 
 @triton.jit

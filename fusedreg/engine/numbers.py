@@ -29,7 +29,7 @@ class Rule(Protocol):
     layerwise: bool
 
     def device_rule(self, group: Mapping[str, Any]) -> Any:
-        """The rule, or its name in `fusedreg.kernels.rules`."""
+        """The rule, or its name in `fusedreg.kernels.device.rules`."""
 
     def states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the tensor states that the rule moves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from fusedreg.kernels.host.values import Operand, Value
+from fusedreg.kernels.cpu.values import Operand, Value
 
 PropagateNan = SimpleNamespace(ALL=None)  # a maximum with a NaN is always one here
 

@@ -12,8 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
-from fusedreg.momentum import check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizers.momentum import check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Flag, Number, is_zero
 
@@ -161,7 +161,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
             state["momentum_mass"] = initial_mass(param, buffer, momentum, dampening)
 
     def device_rule(self, group: Settings) -> str:
-        """Name of this rule in `fusedreg.kernels.rules`."""
+        """Name of this rule in `fusedreg.kernels.device.rules`."""
         if is_zero(group["momentum"]):
             return "sgd"
         return "sgd_nesterov" if group["nesterov"] else "sgd_momentum"

@@ -6,7 +6,7 @@ A hook whose number is 0 leaves every bit of its argument: a select, because 0 *
 
 from __future__ import annotations
 
-from fusedreg.kernels.language import tl, triton
+from fusedreg.kernels.device.language import tl, triton
 
 
 @triton.jit

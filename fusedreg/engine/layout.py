@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedreg.dist import Spread, spread_of
-from fusedreg.inventory import Inventory
+from fusedreg.engine.watch import Inventory
 
 States = Sequence[Mapping[str, Tensor]]
 """What is here of the states of each parameter of an inventory."""

@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_betas
 from fusedreg.dist import ProcessGroup
-from fusedreg.momentum import average
 from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizers.momentum import average
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import pair
 
@@ -119,7 +119,7 @@ class Lion(FusedOptimizer):
             )
 
     def device_rule(self, group: Settings) -> str:
-        """Name of this rule in `fusedreg.kernels.rules`."""
+        """Name of this rule in `fusedreg.kernels.device.rules`."""
         return "lion"
 
     def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:

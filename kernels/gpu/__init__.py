@@ -1,0 +1,1 @@
+"""Triton's kernels. Start with backend.py."""

@@ -1,7 +1,7 @@
 """Which path runs a parameter: triton's kernels, LLVM's, or the reference.
 
-This is the only importer of `fusedreg.kernels`. Nothing of them is imported before a parameter is
-stepped by them, so a machine without triton pays and needs nothing.
+This is the only importer of triton's and LLVM's backends, and imports one only when a parameter is
+stepped by it. So a machine without triton needs nothing and waits for nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import re
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fusedreg.dist import is_sharded_alike, local
+from fusedreg.kernels.contract import Backend
 
 FLOOR = (3, 3)
 """The oldest triton that compiles and interprets the kernels."""
@@ -48,12 +48,12 @@ def problem() -> str | None:
 
 
 @cache
-def kernels() -> ModuleType | None:
-    """`fusedreg.kernels.gpu.backend`, or None after one warning where triton cannot be used."""
+def kernels() -> Backend | None:
+    """Triton's backend, or None after one warning where triton cannot be used."""
     found = problem()
     if found is None:
         # A missing module of our own is an error, never a silent slow path.
-        return importlib.import_module("fusedreg.kernels.gpu.backend")
+        return _backend("fusedreg.kernels.gpu.backend")
     warnings.warn(
         f"{found}, so fusedreg steps GPU parameters on its slow reference path. Install "
         f"'{NEEDED}', or pass fused=False to choose the reference without this warning.",
@@ -85,14 +85,19 @@ def host_problem() -> str | None:
 
 
 @cache
-def host_kernels() -> ModuleType | None:
-    """`fusedreg.kernels.cpu.backend`, or None where llvmlite cannot be used."""
+def host_kernels() -> Backend | None:
+    """LLVM's backend, or None where llvmlite cannot be used."""
     if host_problem() is not None:
         return None
-    return importlib.import_module("fusedreg.kernels.cpu.backend")
+    return _backend("fusedreg.kernels.cpu.backend")
 
 
-def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | None:
+def _backend(module: str) -> Backend:
+    found: Backend = importlib.import_module(module).BACKEND
+    return found
+
+
+def device_kernels(device: torch.device, fused: bool | None) -> Backend | None:
     """The kernels that step parameters of a device, None for the reference.
 
     Triton's on a GPU and LLVM's on a CPU, unless `fused` is False; with fused=True triton's on a
@@ -108,7 +113,7 @@ def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | Non
     return kernels() if fused and interpreted() else host_kernels()
 
 
-def kernels_for(param: Tensor, fused: bool | None) -> ModuleType | None:
+def kernels_for(param: Tensor, fused: bool | None) -> Backend | None:
     """The kernels that step `param`, None for the reference path."""
     launch = device_kernels(param.device, fused)
     grad = param.grad

@@ -38,7 +38,9 @@ from fusedreg.checks import (
 from fusedreg.dist import Group, ProcessGroup, Spread, local
 from fusedreg.engine.plan import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.engine.watch import Inventory
+from fusedreg.kernels.contract import Backend
 from fusedreg.norms import clip_factor, norms_by_spread
+from fusedreg.penalties import L1, L2, Penalty
 from fusedreg.reference import Settings, State
 from fusedreg.scalars import Flag, Number, is_traced, is_zero, number, on_host, pair, settled
 
@@ -146,6 +148,8 @@ class FusedOptimizer(Optimizer):
     """Options that every class has, with values that have no effect."""
     own_options = frozenset(OWN_OPTIONS)
     """Options that belong to the optimizer, so that no group may have them."""
+    penalties: tuple[Penalty, ...] = (L1(), L2())
+    """What a step adds to the rule, in this order at each stage; see penalties/base.py."""
     layerwise: bool = False
     """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
 
@@ -347,11 +351,11 @@ class FusedOptimizer(Optimizer):
             for group in self.param_groups
             for param in group["params"]
         )
-        found = {"reference" if launch is None else launch.NAME for launch in kernels}
+        found = {"reference" if found is None else found.name for found in kernels}
         order = ("triton", "llvm", "reference")
         return " and ".join(name for name in order if name in found) or "reference"
 
-    def _kernels_for(self, param: Tensor, group: dict[str, Any]) -> Any:
+    def _kernels_for(self, param: Tensor, group: dict[str, Any]) -> Backend | None:
         """The kernels that step a parameter, None for the reference path."""
         if self.device_rule(group) is None:
             return None

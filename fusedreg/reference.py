@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fusedreg.penalty import soft_threshold, subgradient
+from fusedreg.penalties import Penalty
 from fusedreg.scalars import Flag, Number, is_zero, number, select, wide_dtype
 
 Settings = Mapping[str, Any]
@@ -48,6 +48,7 @@ class Rule(Protocol):
 
     scalar_states: tuple[str, ...]
     tensor_states: tuple[str, ...]
+    penalties: tuple[Penalty, ...]
     layerwise: bool
 
     def device_rule(self, group: Settings) -> Any:
@@ -101,18 +102,14 @@ def move(
     scale: Number,
 ) -> Move:
     """The direction of a step and the new state; arguments as for `update`. Changes nothing."""
-    l1, weight_decay = settings["l1"], settings["weight_decay"]
-    decoupled = settings["decoupled_weight_decay"]
     dtype = compute_dtype(param)
     w = _read(param, dtype)
     g = loss_gradient(param, grad, scale)
 
     if settings["maximize"]:
         g = -g
-    if settings["l1_mode"] == "subgradient" and not is_zero(l1):
-        g = g + subgradient(w, l1=l1)
-    if not (decoupled or is_zero(weight_decay)):
-        g = g + weight_decay * w
+    for penalty in rule.penalties:
+        g = penalty.gradient(settings, g, w)
 
     old = {name: number(state[name], param.device) for name in rule.scalar_states if name in state}
     old |= {name: _read(state[name], dtype) for name in rule.tensor_states if name in state}
@@ -120,9 +117,10 @@ def move(
     # What a rule hands on as it is, perhaps under another name, is memory that a step writes.
     handed_on = {id(value) for value in old.values() if isinstance(value, Tensor)}
     new = {name: x.clone() if id(x) in handed_on else x for name, x in new.items()}
-    if settings["lr_independent_decay"]:
-        weight_decay = weight_decay / settings["decay_lr"]
-    return Move(w, direction, weight_decay if decoupled else 0.0, new)
+    decay: Number = 0.0
+    for penalty in rule.penalties:
+        decay = decay + penalty.decay(settings, w, direction)
+    return Move(w, direction, decay, new)
 
 
 def update(
@@ -183,7 +181,7 @@ def _new_values(
     squares: Tensor | None,
 ) -> Writes:
     """What a step makes of a block: what to write, and where. Changes nothing."""
-    lr, l1, l1_mode = settings["lr"], settings["l1"], settings["l1_mode"]
+    lr = settings["lr"]
     param, _, state = block
     moved = move(rule, settings, *block, scale)
     rate = lr
@@ -194,10 +192,10 @@ def _new_values(
         w = w * (1 - rate * moved.decay)
     w = w - rate * moved.direction
 
-    if l1_mode == "prox" and not is_zero(l1):
-        w = soft_threshold(w, rate * l1 * rule.gain(settings, moved.state))
-    if l1_mode == "decoupled" and not is_zero(l1):
-        w = soft_threshold(w, rate * l1)
+    thresholded = settings["l1_mode"] == "prox" and not is_zero(settings["l1"])
+    gain = rule.gain(settings, moved.state) if thresholded else 1.0
+    for penalty in rule.penalties:
+        w = penalty.prox(settings, w, rate, gain)
 
     stepped = [(state[name], value, skip) for name, value in moved.state.items()]
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from fusedreg.dist import Spread
-from fusedreg.engine.layout import Bucket, Memory, addresses_at, layout
-from fusedreg.engine.numbers import is_remote
+from fusedreg.engine.layout import Memory, addresses_at, layout
 from fusedreg.engine.watch import Inventory, States
-from fusedreg.scalars import Flag, Number
+from fusedreg.kernels.contract import Call
+from fusedreg.kernels.layout import Header
+from fusedreg.kernels.table import constants, move, send
+from fusedreg.scalars import Flag, Number, is_remote
 
 NOT_BEFORE_CAPTURE = (
     "Cannot capture a step that has to create state, send tables from the host or load kernels: "
@@ -32,8 +34,6 @@ NOT_BEFORE_CAPTURE = (
 ONE = 1.0
 """The scale of a step that has none, compared by identity."""
 
-Call = Callable[[], None]
-"""A launch with all its arguments."""
 Exchange = Callable[[Mapping[Tensor, Tensor]], None]
 """Takes what is here of each parameter and makes of it what is on all ranks."""
 
@@ -48,7 +48,6 @@ class Plan:
 
     def __init__(self, inventory: Inventory, state: States) -> None:
         self.inventory = inventory
-        self.launch = inventory.launch
         self.memory = layout(inventory, inventory.states_here(state))
         inventory.stale_tables = False
         self.gpus = list(filter(is_gpu, self.memory))
@@ -76,7 +75,7 @@ class Plan:
             with _current(device):
                 self._do(self._norms(memory, self._send_grads(device, memory)))
         return [
-            (bucket.kind.spread, memory.partials[bucket.first_chunk :][: bucket.table.chunks])
+            (bucket.key.spread, memory.partials[bucket.first_chunk :][: bucket.table.chunks])
             for memory in self.memory.values()
             for bucket in memory.buckets
         ]
@@ -125,8 +124,8 @@ class Plan:
             scale, grad_scale = scale / float(grad_scale), None
         if found_inf is not None and self._reads(found_inf):
             skip, found_inf = skip | bool(found_inf != 0), None
-        header = self.launch.header(
-            max_norm=max_norm if clips else float("inf"),
+        header = Header(
+            max_norm=max_norm if max_norm is not None and clips else float("inf"),
             scale=scale,
             skip=skip,
             skip_nonfinite=skip_nonfinite,
@@ -158,9 +157,9 @@ class Plan:
                 usual = same and all(number is None for number in numbers_of_norm)
                 self._do(self._prepared(memory, "rows", usual, rows, grads))
                 if self.inventory.layerwise:
-                    squares = partial(self._squares, scaled=scaled)
+                    squares = partial(self._squares, numbers=numbers, scaled=scaled)
                     self._do(self._prepared(memory, ("squares", scaled), same, squares, grads))
-                step = partial(self._step, scaled=scaled)
+                step = partial(self._step, numbers=numbers, scaled=scaled)
                 steps.append((device, self._prepared(memory, ("step", scaled), same, step, grads)))
         if exchange is not None:
             exchange(self._squares_of_params())
@@ -230,10 +229,10 @@ class Plan:
             addresses += (self.inventory.addresses[begin + i] for i in bucket.positions)
         addresses += [0] * (memory.grads.numel() - len(addresses))
         if is_capturing(device):
-            constants = self.launch.constants(addresses, device).to(torch.int64)
-            return [bucket.grads_in(constants) for bucket in memory.buckets]
+            captured = constants(addresses, device).to(torch.int64)
+            return [bucket.grads_in(captured) for bucket in memory.buckets]
         # A buffer is read faster than a list.
-        self.launch.send(torch.frombuffer(array("q", addresses), dtype=torch.int64), memory.grads)
+        send(torch.frombuffer(array("q", addresses), dtype=torch.int64), memory.grads)
         return memory.views
 
     def _send_moved(self) -> None:
@@ -243,7 +242,7 @@ class Plan:
         for device, memory in self.memory.items():
             with _current(device):
                 for bucket in memory.buckets:
-                    self.launch.move(bucket.table, addresses_at(self.inventory, bucket.slots))
+                    move(bucket.table, addresses_at(self.inventory, bucket.slots))
         self.inventory.stale_tables = False
 
     def _send_numbers(
@@ -257,9 +256,9 @@ class Plan:
         numbers = memory.numbers
         floats = [0.0 if isinstance(value, Tensor) else value for value in values]
         if is_capturing(device):
-            numbers = self.launch.constants(floats, device)
+            numbers = constants(floats, device)
         elif self.inventory.options.stale:
-            self.launch.send(torch.frombuffer(array("d", floats), dtype=torch.float64), numbers)
+            send(torch.frombuffer(array("d", floats), dtype=torch.float64), numbers)
         self.remote = bool(remote)
         if remote:
             targets = [numbers[i] for i, _ in remote]
@@ -269,13 +268,8 @@ class Plan:
     def _norms(self, memory: Memory, grads: Sequence[Tensor]) -> list[Call]:
         """The norm of each chunk of the gradients."""
         return [
-            bucket.kind.launch.norms(
-                bucket.table,
-                addresses,
-                memory.partials,
-                bucket.first_chunk,
-                bucket.kind.grad,
-                bucket.kind.aligned,
+            bucket.key.backend.norms(
+                bucket.key.program, bucket.table, addresses, memory.partials, bucket.first_chunk
             )
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
         ]
@@ -285,55 +279,59 @@ class Plan:
         memory: Memory,
         grads: Sequence[Tensor],
         *,
+        numbers: Tensor,
         grad_norm: Tensor | None,
         skipped: Tensor | None,
-        **numbers: Tensor | None,
+        **more: Tensor | None,
     ) -> list[Call]:
-        """The row of each tensor; the first bucket counts and tells the norm."""
+        """The row of each tensor; the first bucket writes the norm and counts what is skipped."""
         return [
-            bucket.kind.launch.rows(
+            bucket.key.backend.rows(
+                bucket.key.program,
                 bucket.table,
                 addresses,
-                out=bucket.rows,
-                rule=bucket.kind.rule,
-                states=len(bucket.kind.states),
-                counts=bucket.kind.counts,
-                line=len(self.inventory.options.lines[0]),
+                numbers,
+                bucket.rows,
                 grad_norm=grad_norm if bucket is memory.buckets[0] else None,
                 skipped=skipped if bucket is memory.buckets[0] else None,
-                **numbers,
+                **more,
             )
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
         ]
 
-    def _squares(self, memory: Memory, grads: Sequence[Tensor], scaled: bool) -> list[Call]:
-        """Of a layerwise rule: the squares of every tensor and its update, of what is here."""
+    def _squares(
+        self, memory: Memory, grads: Sequence[Tensor], *, numbers: Tensor, scaled: bool
+    ) -> list[Call]:
+        """For a layerwise rule: sums of squares of every tensor here, and of its update."""
         return [
             call
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
-            for call in bucket.kind.launch.squares(
+            if bucket.squares is not None
+            for call in bucket.key.backend.squares(
+                bucket.key.program,
                 bucket.table,
                 addresses,
+                numbers,
                 bucket.rows,
                 bucket.partials,
                 bucket.squares,
-                _walk(bucket, scaled),
+                scaled=scaled,
             )
         ]
 
-    def _step(self, memory: Memory, grads: Sequence[Tensor], scaled: bool) -> list[Call]:
-        """What moves parameters, moments and counts."""
+    def _step(
+        self, memory: Memory, grads: Sequence[Tensor], *, numbers: Tensor, scaled: bool
+    ) -> list[Call]:
+        """What moves parameters, states and counts."""
         return [
-            bucket.kind.launch.step(
+            bucket.key.backend.step(
+                bucket.key.program,
                 bucket.table,
                 addresses,
+                numbers,
                 bucket.rows,
                 bucket.squares,
-                _walk(bucket, scaled),
-                counts=bucket.kind.counts,
-                decoupled=bucket.hooks["decoupled"],
-                prox=bucket.hooks["prox"],
-                shrink=bucket.kind.shrink,
+                scaled=scaled,
             )
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
         ]
@@ -347,22 +345,6 @@ class Plan:
             if bucket.squares is not None
             for position, squares in zip(bucket.positions, bucket.squares, strict=True)
         }
-
-
-def _walk(bucket: Bucket, scaled: bool) -> Any:
-    """What a kernel that walks all elements of a bucket is compiled for."""
-    kind = bucket.kind
-    return kind.launch.Walk(
-        rule=kind.rule,
-        states=len(kind.states),
-        subgradient=bucket.hooks["subgradient"],
-        coupled=bucket.hooks["coupled"],
-        scaled=scaled,
-        param=kind.param,
-        grad=kind.grad,
-        state=kind.state,
-        aligned=kind.aligned,
-    )
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from itertools import chain
 from operator import attrgetter, is_, itemgetter, or_
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from fusedreg.backend import is_plain, same_layout
 from fusedreg.dist import is_sharded_alike, local, spread_of, where_of
 from fusedreg.engine.numbers import Groups, Lines, Rule
+from fusedreg.kernels.contract import Backend
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -49,7 +49,7 @@ class Inventory:
 
     Args:
         rule: the optimizer.
-        kernels: the module that launches the kernels of each parameter.
+        backends: what launches the kernels of each parameter.
         groups: all param groups.
         chosen: the parameters that kernels step, each with the index of its group. Parameter,
             gradient and states of each are walkable.
@@ -64,7 +64,7 @@ class Inventory:
     def __init__(
         self,
         rule: Rule,
-        kernels: Mapping[Tensor, ModuleType | None],
+        backends: Mapping[Tensor, Backend | None],
         groups: Groups,
         chosen: Mapping[Tensor, int],
         rest: Collection[Tensor],
@@ -75,11 +75,12 @@ class Inventory:
         self.tensor_states, self.scalar_states = rule.tensor_states, rule.scalar_states
         self.layerwise = rule.layerwise
         self.stepped = list(chosen)
-        self.launchers = [kernels[param] for param in chosen]
-        self.launch: Any = self.launchers[0]  # tables and numbers are the same for all
+        found = (backends[param] for param in chosen)
+        self.backends = [backend for backend in found if backend is not None]
+        self.backend = self.backends[0]  # tables and numbers are the same for all
         self.group_of = list(chosen.values())
         self.sharded = any(local(param) is not param for param in chosen)
-        self.options = Lines(rule, self.launch, groups)
+        self.options = Lines(rule, self.backend, groups)
         self._take_places(groups)
         self._take_names(rule, groups, state)
         self.grad_dtypes = [
@@ -153,7 +154,7 @@ class Inventory:
             [i, *(self.state_index(i, name) for name in names if name in self.tensor_states)]
             for i, names in enumerate(self.names)
         ]
-        width = self.launch.ALIGNMENT
+        width = self.backend.alignment
         self.is_aligned = [
             not any(self.addresses[place] % width for place in (*places, self.grads_begin + i))
             for i, places in enumerate(fixed)
@@ -271,7 +272,7 @@ class Inventory:
             combined = reduce(or_, self._aligned_grads(addresses))
             if moved:
                 combined = reduce(or_, self._aligned_fixed(addresses), combined)
-            if combined % self.launch.ALIGNMENT:
+            if combined % self.backend.alignment:
                 return False
         self.stale_grads = True
         self.stale_tables = self.stale_tables or moved

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from fusedreg.kernels.layout import Group, Row
+from fusedreg.kernels.layout import GROUP, ROW
 from fusedreg.kernels.table import Table
 
 Call: TypeAlias = Callable[[], None]
@@ -43,6 +43,8 @@ class DeviceFunction(Protocol):
     fn: Any
     """The function itself."""
 
+    def __hash__(self) -> int: ...
+
 
 class Rule(NamedTuple):
     """The two device functions of a rule and how many scalars pass from one to the other."""
@@ -58,7 +60,7 @@ class Hook(NamedTuple):
     stage: Stage
     function: DeviceFunction
     first: int
-    count: int
+    width: int
 
 
 class Codec(NamedTuple):
@@ -105,7 +107,7 @@ class Program(NamedTuple):
     @property
     def row(self) -> int:
         """How many numbers a row has."""
-        return len(Row._fields) + self.rule.width + len(self.counts)
+        return len(ROW) + self.rule.width + len(self.counts)
 
     def slots(self, stage: Stage) -> list[Hook | None]:
         """The hooks of a stage, and None for each slot that is left."""
@@ -113,7 +115,7 @@ class Program(NamedTuple):
         return hooks + [None] * (SLOTS[stage] - len(hooks))
 
 
-FIRST_NUMBER = len(Group._fields)
+FIRST_NUMBER = len(GROUP)
 """Where in a line the numbers of penalties begin."""
 
 

@@ -8,54 +8,54 @@ once, and what is at which place follows from it.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
+from typing_extensions import NamedTuple  # generic, also in Python 3.10
 
 Number = float | Tensor
 """A number of the host, or a one-element tensor where it must not be read."""
 
+T = TypeVar("T")
 
-class Header(NamedTuple):
+
+class Header(NamedTuple, Generic[T]):
     """What the host says once for all groups."""
 
-    max_norm: Number
+    max_norm: T
     """inf: clip nothing."""
-    scale: Number
+    scale: T
     """Multiplies every gradient."""
-    skip: Number
+    skip: T
     """Not 0: change nothing."""
-    skip_nonfinite: Number
+    skip_nonfinite: T
 
 
-class Group(NamedTuple):
+class Group(NamedTuple, Generic[T]):
     """What a line begins with."""
 
-    lr: Number
-    sign: Number
+    lr: T
+    sign: T
     """-1 to maximize."""
 
 
-class Row(NamedTuple):
+class Row(NamedTuple, Generic[T]):
     """What a row begins with."""
 
-    active: Number
+    active: T
     """0: this tensor does not move."""
-    scale: Number
+    scale: T
     """Multiplies the gradient: sign, clip factor and loss scale."""
-    gain: Number
+    gain: T
     """What the rule's scalars say of the gain."""
 
 
-Record = TypeVar("Record", Header, Group, Row)
-
-
-def places(record: type[Record]) -> Record:
-    """Where each number of a record is: 0, 1, 2, ..."""
-    return record(*range(len(record._fields)))
+# Where each number of a record is.
+HEADER = Header(*range(len(Header._fields)))
+GROUP = Group(*range(len(Group._fields)))
+ROW = Row(*range(len(Row._fields)))
 
 
 def with_lr(line: list[Number], lr: float) -> list[Number]:
     """A line with another learning rate."""
-    place = Group._fields.index("lr")
-    return [*line[:place], lr, *line[place + 1 :]]
+    return [*line[: GROUP.lr], lr, *line[GROUP.lr + 1 :]]

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedreg.dist import Spread, spread_of
 from fusedreg.engine.watch import Inventory
 from fusedreg.kernels.contract import Backend, Call, Program
-from fusedreg.kernels.layout import Header
+from fusedreg.kernels.layout import HEADER
 from fusedreg.kernels.table import Table
 
 States = Sequence[Mapping[str, Tensor]]
@@ -136,7 +136,7 @@ def _memory(inventory: Inventory, device: torch.device, keys: Mapping[Key, list[
         chunks += table.chunks
         # An even number, because triton compiles for the alignment of where the next one begins.
         tensors += len(positions) + len(positions) % 2
-    size = len(Header._fields) + sum(map(len, inventory.options.lines))
+    size = len(HEADER) + sum(map(len, inventory.options.lines))
     return Memory(
         buckets,
         grads=torch.empty(tensors, dtype=torch.int64, device=device),

@@ -75,7 +75,7 @@ class Lines:
         """The hooks of all groups, in the order of the optimizer's penalties."""
         self.options = len([*_elements(groups[0][name] for name in rule.device_options)])
         """How many options the rule takes."""
-        self.width = FIRST_NUMBER + sum(hook.count for hook in self.hooks) + self.options
+        self.width = FIRST_NUMBER + sum(hook.width for hook in self.hooks) + self.options
         """How many numbers a line has."""
         self.lines = [self._line(rule, group) for group in groups]
         self.hooks_of = self._packed()
@@ -91,9 +91,9 @@ class Lines:
             for term in (term for group in groups for term in penalty.terms(group)):
                 function = self._backend.hook(term.function)
                 if (term.stage, function) not in hooks:
-                    count = len(term.numbers)
-                    hooks[term.stage, function] = Hook(term.stage, function, first, count)
-                    first += count
+                    width = len(term.numbers)
+                    hooks[term.stage, function] = Hook(term.stage, function, first, width)
+                    first += width
         return [*hooks.values()]
 
     def _packed(self) -> list[tuple[Hook, ...]]:

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fusedreg.kernels.contract import Stage
 from fusedreg.penalties.base import Penalty, Settings, Term
 from fusedreg.penalty import soft_threshold, subgradient, value
 from fusedreg.scalars import Number, is_zero
 
-TERMS = {
+TERMS: dict[str, tuple[Stage, str]] = {
     "prox": ("prox", "l1_prox"),
     "decoupled": ("prox", "l1_shrink"),
     "subgradient": ("gradient", "l1_subgradient"),

@@ -7,7 +7,7 @@ import dis
 from collections.abc import Callable
 from functools import cache, partial
 from types import CellType, FunctionType, ModuleType, SimpleNamespace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -19,8 +19,11 @@ from fusedreg.kernels.cpu.store import stored
 from fusedreg.kernels.cpu.values import INT64, Value
 from fusedreg.kernels.device.language import tl
 
-Loop: TypeAlias = Callable[[int], None]
-"""A compiled function of one address, which ctypes calls."""
+if TYPE_CHECKING:
+    from ctypes import _CFunctionType
+
+Loop: TypeAlias = "_CFunctionType"
+"""A compiled function of one address."""
 
 RULES = "fusedreg.kernels.device.rules"
 

@@ -9,7 +9,18 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
-from fusedreg.kernels.cpu.values import DOUBLE, FLOAT, INT8, INT16, INT32, INT64, Operand, Value
+from fusedreg.kernels.cpu.values import (
+    DOUBLE,
+    FLOAT,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    Operand,
+    Value,
+    intrinsic,
+    select,
+)
 
 PropagateNan = SimpleNamespace(ALL=None)  # a maximum with a NaN is always one here
 float64, float32, int64, int32, int16, int8 = DOUBLE, FLOAT, INT64, INT32, INT16, INT8
@@ -25,13 +36,7 @@ def where(condition: Value | bool, chosen: Operand, otherwise: Operand) -> Opera
     """`chosen` where `condition` holds, else `otherwise`."""
     if not isinstance(condition, Value):
         return chosen if condition else otherwise
-    of = chosen if isinstance(chosen, Value) else otherwise
-    if not isinstance(of, Value):
-        raise TypeError(
-            "one of the two that tl.where chooses from must be computed: it has a dtype"
-        )
-    builder = condition.builder
-    return Value(builder, builder.select(condition.ir, of.like(chosen).ir, of.like(otherwise).ir))
+    return select(condition, chosen, otherwise)
 
 
 def maximum(a: Operand, b: Operand, propagate_nan: None = None) -> Operand:
@@ -56,7 +61,7 @@ def reciprocal(x: Operand) -> Operand:
 
 def square_root(x: Operand) -> Operand:
     """IEEE square root."""
-    return _intrinsic("sqrt", x) if isinstance(x, Value) else math.sqrt(x)
+    return intrinsic("sqrt", x) if isinstance(x, Value) else math.sqrt(x)
 
 
 sqrt = square_root
@@ -65,24 +70,18 @@ sqrt = square_root
 def power(base: Operand, exponent: Operand) -> Operand:
     """base ** exponent, by the host's libm."""
     if isinstance(base, Value):
-        return _intrinsic("pow", base, base.like(exponent))
+        return intrinsic("pow", base, base.like(exponent))
     if isinstance(exponent, Value):
-        return _intrinsic("pow", exponent.like(base), exponent)
+        return intrinsic("pow", exponent.like(base), exponent)
     return math.pow(base, exponent)
 
 
 def absolute(x: Operand) -> Operand:
     """|x|."""
-    return _intrinsic("fabs", x) if isinstance(x, Value) else math.fabs(x)
+    return intrinsic("fabs", x) if isinstance(x, Value) else math.fabs(x)
 
 
 abs = absolute
-
-
-def _intrinsic(name: str, *values: Value) -> Value:
-    builder = values[0].builder
-    function = builder.module.declare_intrinsic(f"llvm.{name}", [values[0].ir.type])
-    return Value(builder, builder.call(function, [value.ir for value in values]))
 
 
 WORDS = (

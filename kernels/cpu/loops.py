@@ -15,7 +15,6 @@ import torch
 
 from fusedreg.kernels.contract import SLOTS, DeviceFunction, Program, Rule
 from fusedreg.kernels.cpu.compiler import Loop, built, device, written
-from fusedreg.kernels.cpu.language import absolute, square_root, where
 from fusedreg.kernels.cpu.values import (
     DOUBLE,
     FLOAT,
@@ -23,13 +22,13 @@ from fusedreg.kernels.cpu.values import (
     Value,
     Variable,
     count,
+    intrinsic,
     repeat,
+    select,
     when,
 )
 from fusedreg.kernels.device import step as device_step
-from fusedreg.kernels.layout import Group, Header, Row, places
-
-HEADER, GROUP, ROW = places(Header), places(Group), places(Row)
+from fusedreg.kernels.layout import GROUP, HEADER, ROW
 
 CHUNK = 65536
 """Elements of one chunk: many, because each starts its vectors and its norm anew."""
@@ -59,7 +58,7 @@ def _bounds(chunk: Value, tensor: Value, numels: Value, first_chunks: Value) -> 
     """The first element of a chunk and the one after its last."""
     begin = (chunk - Pointer(first_chunks, torch.int32)[tensor]) * CHUNK
     numel = Pointer(numels, torch.int64)[tensor]
-    return begin, where(begin + CHUNK < numel, begin + CHUNK, numel)
+    return begin, select(begin + CHUNK < numel, begin + CHUNK, numel)
 
 
 # ---- norms ---------------------------------------------------------------------------------------
@@ -71,21 +70,21 @@ def _norm(elements: Pointer, begin: Value, end: Value, wide: bool) -> Value:
     with count(begin, end) as i:
         g = elements[i].to(DOUBLE)
         squares.add_in_any_order(g * g)
-    norm = Variable(square_root(squares.get()))
+    norm = Variable(intrinsic("sqrt", squares.get()))
     if wide:
         # No relation holds for a NaN, which stays one.
         with when((squares.get() < SMALL) | (squares.get() == INFINITY)):
             largest = Variable(begin.constant(TINY))
             with count(begin, end) as i:
-                g = absolute(elements[i])
-                largest.set(where(g > largest.get(), g, largest.get()))
+                g = intrinsic("fabs", elements[i])
+                largest.set(select(g > largest.get(), g, largest.get()))
             # The limits keep 0/0 and inf/inf out and let an infinite element through to the norm.
-            scale = where(largest.get() > LARGEST, LARGEST, largest.get())
+            scale = select(largest.get() > LARGEST, LARGEST, largest.get())
             ratios = Variable(begin.constant(0.0))
             with count(begin, end) as i:
                 ratio = elements[i] / scale
                 ratios.set(ratios.get() + ratio * ratio)
-            norm.set(scale * square_root(ratios.get()))
+            norm.set(scale * intrinsic("sqrt", ratios.get()))
     return norm.get()
 
 
@@ -209,7 +208,7 @@ def _rows_loop(
             options = tuple(sent[line + i] for i in range(first_option, line_width))
             at = _addresses_of_counts(addresses, tensors, tensor, first_count, len(count_dtypes))
             record, scalars, new = device(device_step.row)(
-                where(active, work.constant(1.0), 0.0),
+                select(active, work.constant(1.0), 0.0),
                 scale,
                 sent[line + GROUP.sign],
                 options,
@@ -261,7 +260,7 @@ class Elements:
         }
         self.numbers = {
             stage: [
-                () if one is None else tuple(sent[line + one.first + i] for i in range(one.count))
+                () if one is None else tuple(sent[line + one.first + i] for i in range(one.width))
                 for one in slots_[stage]
             ]
             for stage in SLOTS
@@ -285,7 +284,8 @@ class Elements:
         stored = tuple(plane[i] for plane in self._planes(state))
         codec = self.program.codec
         value = stored[0] if codec is None else device(codec.decode)(stored, state)
-        return value.to(self.compute)
+        widened: Value = value.to(self.compute)
+        return widened
 
     def store_state(self, state: int, i: Value, value: Value) -> None:
         """Store it, rounded once."""
@@ -296,17 +296,19 @@ class Elements:
 
     def moved(self, w: Value, direction: Value, gain: Value, rate: Value) -> Value:
         """The parameter after the step."""
-        return device(device_step.moved)(
+        after: Value = device(device_step.moved)(
             w, direction, gain, rate, self.row[ROW.gain],
             *self.numbers["decay"], *self.numbers["prox"],
             *self.hooks["decay"], *self.hooks["prox"],
         )  # fmt: skip
+        return after
 
     def update(self, w: Value, direction: Value) -> Value:
         """What the rate multiplies."""
-        return device(device_step.update_of)(
+        update: Value = device(device_step.update_of)(
             w, direction, *self.numbers["decay"], *self.hooks["decay"]
         )
+        return update
 
 
 @cache
@@ -356,7 +358,8 @@ def step_loop(program: Program, scaled: bool) -> Loop:
 
 def _is_active(program: Program, rows: Value, tensor: Value) -> Value:
     """Whether a tensor moves in this step."""
-    return Pointer(rows, torch.float64)[tensor * program.row + ROW.active] != 0.0
+    active: Value = Pointer(rows, torch.float64)[tensor * program.row + ROW.active] != 0.0
+    return active
 
 
 # ---- layerwise -----------------------------------------------------------------------------------

@@ -138,10 +138,28 @@ class Value:
     def __ne__(self, other: object) -> Any:
         return self._compared("!=", other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # no value is equal to another in Python
 
     def __bool__(self) -> bool:
         raise TypeError("device code cannot branch in Python on a number: use tl.where")
+
+
+def select(condition: Value, chosen: Operand, otherwise: Operand) -> Value:
+    """`chosen` where `condition` holds, else `otherwise`. One of the two is a value."""
+    of = chosen if isinstance(chosen, Value) else otherwise
+    if not isinstance(of, Value):
+        raise TypeError(
+            "one of the two that tl.where chooses from must be computed: it has a dtype"
+        )
+    builder = condition.builder
+    return Value(builder, builder.select(condition.ir, of.like(chosen).ir, of.like(otherwise).ir))
+
+
+def intrinsic(name: str, *values: Value) -> Value:
+    """A function that LLVM knows, of numbers of one type."""
+    builder = values[0].builder
+    function = builder.module.declare_intrinsic(f"llvm.{name}", [values[0].ir.type])
+    return Value(builder, builder.call(function, [value.ir for value in values]))
 
 
 class Stored(NamedTuple):

@@ -14,13 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedreg.kernels import layout
 from fusedreg.kernels.device.step import clipped, is_nonfinite, row
 from fusedreg.kernels.gpu.norms import fold
-from fusedreg.kernels.layout import Group, Header, places
 
-MAX_NORM, SCALE, SKIP, SKIP_NONFINITE = map(tl.constexpr, places(Header))
-HEADER = tl.constexpr(len(Header._fields))
-SIGN = tl.constexpr(places(Group).sign)
+MAX_NORM, SCALE, SKIP, SKIP_NONFINITE = map(tl.constexpr, layout.HEADER)
+HEADER = tl.constexpr(len(layout.HEADER))
+SIGN = tl.constexpr(layout.GROUP.sign)
 
 
 @triton.jit(do_not_specialize=["tensors", "parts"])

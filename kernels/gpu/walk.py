@@ -15,14 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedreg.kernels import layout
 from fusedreg.kernels.device.step import loss_gradient, moved, penalised, trust_ratio, update_of
 from fusedreg.kernels.gpu.memory import load, pointer, store
-from fusedreg.kernels.layout import Group, Header, Row, places
 
-ACTIVE, SCALE, GAIN = map(tl.constexpr, places(Row))
-SCALARS = tl.constexpr(len(Row._fields))
-HEADER = tl.constexpr(len(Header._fields))
-LR = tl.constexpr(places(Group).lr)
+ACTIVE, SCALE, GAIN = map(tl.constexpr, layout.ROW)
+SCALARS = tl.constexpr(len(layout.ROW))
+HEADER = tl.constexpr(len(layout.HEADER))
+LR = tl.constexpr(layout.GROUP.lr)
 
 
 @triton.jit
@@ -43,10 +43,10 @@ def pointers(
 
 
 @triton.jit
-def load_numbers(line, FIRST: tl.constexpr, COUNT: tl.constexpr):
+def load_numbers(line, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """What the line of a group has for one hook."""
     numbers = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(WIDTH):
         numbers = numbers + (tl.load(line + FIRST + i),)
     return numbers
 
@@ -113,8 +113,8 @@ def direction_block(
     DECODE: tl.constexpr,
     GRADIENT1: tl.constexpr,
     GRADIENT2: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNTS: tl.constexpr,
+    FIRSTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
     SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     FULL: tl.constexpr,
@@ -127,8 +127,8 @@ def direction_block(
     for i in tl.static_range(COUNT):
         scalars = scalars + (tl.load(row + SCALARS + i).to(COMPUTE),)
     g = loss_gradient(g, tl.load(row + SCALE), SCALED, COMPUTE)
-    numbers1 = load_numbers(line, FIRST[0], COUNTS[0])
-    numbers2 = load_numbers(line, FIRST[1], COUNTS[1])
+    numbers1 = load_numbers(line, FIRSTS[0], WIDTHS[0])
+    numbers2 = load_numbers(line, FIRSTS[1], WIDTHS[1])
     g = penalised(g, w, numbers1, numbers2, GRADIENT1, GRADIENT2)
     direction, gain, new = RULE(g, states, scalars)
     tl.static_assert(len(new) == STATES, "the rule returns more or fewer states than states(group)")
@@ -156,8 +156,8 @@ def step_block(
     DECAY: tl.constexpr,
     PROX1: tl.constexpr,
     PROX2: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNTS: tl.constexpr,
+    FIRSTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
     SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     FULL: tl.constexpr,
@@ -165,15 +165,15 @@ def step_block(
     """One step of one block of elements."""
     w, direction, gain, states = direction_block(
         param_ptr, grad_ptr, state_ptrs, row, line, offsets, numel,
-        RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, FIRST, COUNTS,
+        RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, FIRSTS, WIDTHS,
         SCALED, COMPUTE, FULL,
     )  # fmt: skip
     lr = tl.load(line + LR)
     w = moved(
         w, direction, gain, lr * trust, tl.load(row + GAIN),
-        load_numbers(line, FIRST[2], COUNTS[2]),
-        load_numbers(line, FIRST[3], COUNTS[3]),
-        load_numbers(line, FIRST[4], COUNTS[4]),
+        load_numbers(line, FIRSTS[2], WIDTHS[2]),
+        load_numbers(line, FIRSTS[3], WIDTHS[3]),
+        load_numbers(line, FIRSTS[4], WIDTHS[4]),
         DECAY, PROX1, PROX2,
     )  # fmt: skip
     if lr.to(COMPUTE) != 0.0:  # lr = 0 must leave every bit, of -0.0 and inf too
@@ -206,8 +206,8 @@ def step_kernel(
     DECAY: tl.constexpr,
     PROX1: tl.constexpr,
     PROX2: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNTS: tl.constexpr,
+    FIRSTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
     LINE: tl.constexpr,
     ROW: tl.constexpr,
     SCALED: tl.constexpr,
@@ -242,7 +242,7 @@ def step_kernel(
                 step_block(
                     param_ptr, grad_ptr, state_ptrs, row, line, trust, offsets, numel,
                     RULE, COUNT, STATES, PLANES, DECODE, ENCODE, GRADIENT1, GRADIENT2,
-                    DECAY, PROX1, PROX2, FIRST, COUNTS, SCALED, COMPUTE, True,
+                    DECAY, PROX1, PROX2, FIRSTS, WIDTHS, SCALED, COMPUTE, True,
                 )  # fmt: skip
         rest = begin + tl.minimum(numel - begin, CHUNK) // BLOCK * BLOCK
         if rest < tl.minimum(begin + CHUNK, numel):
@@ -250,7 +250,7 @@ def step_kernel(
                 param_ptr, grad_ptr, state_ptrs, row, line, trust,
                 rest + tl.arange(0, BLOCK), numel,
                 RULE, COUNT, STATES, PLANES, DECODE, ENCODE, GRADIENT1, GRADIENT2,
-                DECAY, PROX1, PROX2, FIRST, COUNTS, SCALED, COMPUTE, False,
+                DECAY, PROX1, PROX2, FIRSTS, WIDTHS, SCALED, COMPUTE, False,
             )  # fmt: skip
 
 
@@ -274,8 +274,8 @@ def squares_of_block(
     GRADIENT1: tl.constexpr,
     GRADIENT2: tl.constexpr,
     DECAY: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNTS: tl.constexpr,
+    FIRSTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
     SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     FULL: tl.constexpr,
@@ -283,10 +283,10 @@ def squares_of_block(
     """Squares of one block of w and of its update."""
     w, direction, _, _ = direction_block(
         param_ptr, grad_ptr, state_ptrs, row, line, offsets, numel,
-        RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, FIRST, COUNTS,
+        RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, FIRSTS, WIDTHS,
         SCALED, COMPUTE, FULL,
     )  # fmt: skip
-    numbers = load_numbers(line, FIRST[2], COUNTS[2])
+    numbers = load_numbers(line, FIRSTS[2], WIDTHS[2])
     update = update_of(w, direction, numbers, DECAY).to(tl.float64)
     if not FULL:
         update = tl.where(offsets < numel, update, 0.0)
@@ -314,8 +314,8 @@ def squares_kernel(
     GRADIENT1: tl.constexpr,
     GRADIENT2: tl.constexpr,
     DECAY: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNTS: tl.constexpr,
+    FIRSTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
     LINE: tl.constexpr,
     ROW: tl.constexpr,
     SCALED: tl.constexpr,
@@ -346,7 +346,7 @@ def squares_kernel(
                 first, second = squares_of_block(
                     param_ptr, grad_ptr, state_ptrs, row, line, offsets, numel,
                     RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, DECAY,
-                    FIRST, COUNTS, SCALED, COMPUTE, True,
+                    FIRSTS, WIDTHS, SCALED, COMPUTE, True,
                 )  # fmt: skip
                 of_param += first
                 of_update += second
@@ -355,7 +355,7 @@ def squares_kernel(
             first, second = squares_of_block(
                 param_ptr, grad_ptr, state_ptrs, row, line, rest + tl.arange(0, BLOCK), numel,
                 RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, DECAY,
-                FIRST, COUNTS, SCALED, COMPUTE, False,
+                FIRSTS, WIDTHS, SCALED, COMPUTE, False,
             )  # fmt: skip
             of_param += first
             of_update += second

@@ -226,7 +226,7 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
         "lamb-none", "squares step", "rules",
         "return direction, gain, (m, v)\n", "return m, gain, (m, v)\n",
     ),
-    "trust ratio": ("lamb-none", "step", "rules", "1.0, ratio)", "2.0, ratio)"),
+    "trust ratio": ("lamb-none", "step", "step", "1.0, ratio)", "2.0, ratio)"),
     "rule": (
         "adam-none", "step", "rules", "return direction, gain, (m, v)\n", "return m, gain, (m, v)\n"
     ),
@@ -241,18 +241,22 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
         "adam-none", "rows", "rules", "tl.exp(exponent * tl.log(base))", "tl.exp(exponent)"
     ),
     "coupled": (
-        "adam-decay", "step", "penalty", "0.0, g, g + weight_decay * w)", "0.0, g, g - w)"
+        "adam-decay", "step", "penalties", "0.0, g, g + weight_decay * w)", "0.0, g, g - w)"
     ),
-    "decoupled": ("adamw-decay", "step", "penalty", "1.0, w, w * keep)", "1.0, w, w + keep)"),
+    "decoupled": ("adamw-decay", "step", "penalties", "return numbers[0]", "return 2.0 * numbers[0]"),
+    "order of a step": (
+        "adamw-decay", "step", "step", "1.0, w, w * keep)", "1.0, w, w + keep)"
+    ),
+    "clip factor": ("adam-none", "rows", "step", "factor > 1.0, 1.0", "factor > 2.0, 2.0"),
     "subgradient": (
-        "adam-l1_subgradient", "step", "penalty", "0.0, g, g + l1 * sign)", "0.0, g, g - l1 * sign)"
+        "adam-l1_subgradient", "step", "penalties", "0.0, g, g + l1 * sign)", "0.0, g, g - l1 * sign)"
     ),
     "prox": (
-        "adam-l1_prox", "step", "penalty", "(w, threshold * gain)", "(w, threshold + gain)"
+        "adam-l1_prox", "step", "penalties", "(w, threshold * gain)", "(w, threshold + gain)"
     ),
-    "called by prox": ("adam-l1_prox", "step", "penalty", "w + threshold", "w - threshold"),
+    "called by prox": ("adam-l1_prox", "step", "penalties", "w + threshold", "w - threshold"),
     "shrink": (
-        "adam-l1_decoupled", "step", "penalty", "w, soft_threshold(w, threshold))", "w, threshold)"
+        "adam-l1_decoupled", "step", "penalties", "w, soft_threshold(w, threshold))", "w, threshold)"
     ),
 }  # fmt: skip
 

@@ -152,7 +152,7 @@ def check(
     assert list(kernels) == ["norm_kernel"] * norm + ["rows_kernel", *squares, "step_kernel"]
     states = [state or dtype] * states_of(case)
     check_resources(kernels)
-    doubles = len({*case.cls.scalar_states} - {"step"})  # of counts; step is float32
+    doubles = sum(count.wide for count in case.cls.counts.values())
     check_accesses(kernels["step_kernel"], dtype, states, target, counts=doubles)
     check_arithmetic(kernels["step_kernel"], case, target)
     if squares:

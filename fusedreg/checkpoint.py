@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from fusedreg.dist import mesh_of, sharded_as
-from fusedreg.scalars import wide_dtype
+from fusedreg.scalars import Count, wide_dtype
 
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 """Group options that say how to run here; a file from another machine must not change them."""
@@ -74,7 +74,7 @@ def check_states(state_dict: StateDict, rule: Any) -> None:
     What else it has is a user's own, unless its name is that of a state that other classes keep.
     """
     _check_class(state_dict["param_groups"], rule)
-    known = {*rule.scalar_states, *rule.tensor_states}
+    known = {*rule.counts, *rule.tensor_states}
     ids = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key, state in state_dict["state"].items():
         if key not in ids:
@@ -183,9 +183,9 @@ def restore_state(
         param, state_dtype = by_id[key]
         restored = {}
         for name, value in saved.items():
-            if name in rule.scalar_states:
+            if name in rule.counts:
                 if not is_absent(value):
-                    restored[name] = _count(key, name, value, param)
+                    restored[name] = _count(key, name, value, param, rule.counts[name])
             elif name in rule.tensor_states:
                 if not is_absent(value):
                     restored[name] = _moment(key, name, value, param, state_dtype)
@@ -198,7 +198,7 @@ def restore_state(
     return state
 
 
-def _count(key: Any, name: str, value: Any, param: Tensor) -> Tensor:
+def _count(key: Any, name: str, value: Any, param: Tensor, declared: Count) -> Tensor:
     """One number on the parameter's device, in a dtype that can count."""
     # A file older than torch 1.12 has a Python number. A default device would move a tensor.
     number = not isinstance(value, Tensor)
@@ -210,10 +210,12 @@ def _count(key: Any, name: str, value: Any, param: Tensor) -> Tensor:
         raise ValueError(
             f"{what} of shape {tuple(count.shape)} for parameter {key}, but it is one number"
         )
-    if count.is_complex() or (name == "step" and not count >= 0):
-        raise ValueError(f"{what} {count.item()} for parameter {key}, but it counts from 0")
-    # Another class may have narrowed it: a bfloat16 count would stand still at 256.
-    least = torch.float32 if name == "step" else wide_dtype(param.device)
+    if count.is_complex() or not count >= declared.least:
+        raise ValueError(
+            f"{what} {count.item()} for parameter {key}, but it is a number >= {declared.least:g}"
+        )
+    # Another class may have narrowed it: a bfloat16 count would stop at 256.
+    least = wide_dtype(param.device) if declared.wide else torch.float32
     dtype = torch.promote_types(count.dtype, least)
     return count.detach().to(param.device, dtype, copy=True)
 

@@ -41,8 +41,8 @@ from fusedreg.engine.watch import Inventory
 from fusedreg.kernels.contract import Backend
 from fusedreg.norms import clip_factor, norms_by_spread
 from fusedreg.penalties import L1, L2, Penalty
-from fusedreg.reference import Settings, State
-from fusedreg.scalars import Flag, Number, is_traced, is_zero, number, on_host, pair, settled
+from fusedreg.reference import Settings, State, Update
+from fusedreg.scalars import Count, Flag, Number, is_traced, is_zero, number, on_host, pair, settled
 
 Work = list[tuple[dict[str, Any], list[Tensor]]]
 """Groups, each with those of its parameters that are stepped."""
@@ -114,10 +114,17 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class _Names:
+    """The names of a class's `counts`, also where it is read from the class."""
+
+    def __get__(self, _: object, owner: type[FusedOptimizer]) -> tuple[str, ...]:
+        return tuple(owner.counts)
+
+
 class FusedOptimizer(Optimizer):
     """Base class: clipping, penalties, loss scaling, skipping and checkpoints around one rule.
 
-    A subclass supplies a signature, the names of its states, `direction`, `gain` and `device_rule`;
+    A subclass supplies a signature, the names of its states, `update` and `device_rule`;
     docs/adding-an-optimizer.md goes through two. See docs/semantics.md for the order of a step and
     docs/engine.md for how a device runs it.
 
@@ -136,8 +143,10 @@ class FusedOptimizer(Optimizer):
 
     tensor_states: tuple[str, ...] = ()
     """Names of the states shaped like the parameter."""
-    scalar_states: tuple[str, ...] = ()
-    """Names of the 0-dim states."""
+    counts: Mapping[str, Count] = MappingProxyType({})
+    """The states of one number by name, such as `{"step": Count()}`, in the device rule's order."""
+    scalar_states = _Names()
+    """Names of `counts`."""
     late_states: tuple[str, ...] = ()
     """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
     device_options: tuple[str, ...] = ()
@@ -197,15 +206,14 @@ class FusedOptimizer(Optimizer):
         super().__init_subclass__(**kwargs)
         owner = {
             name: next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
-            for name in ("direction", "gain", "device_rule")
+            for name in ("update", "device_rule")
         }
-        for name in ("direction", "gain"):
-            if owner[name] < owner["device_rule"]:
-                raise TypeError(
-                    f"{cls.__name__} overrides {name} but not device_rule, so kernels would still "
-                    "run the rule that it inherits: return the Rule that computes the same from "
-                    "device_rule, or None for the reference path"
-                )
+        if owner["update"] < owner["device_rule"]:
+            raise TypeError(
+                f"{cls.__name__} overrides update but not device_rule, so kernels would still "
+                "run the rule that it inherits: return the Rule that computes the same from "
+                "device_rule, or None for the reference path"
+            )
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
@@ -219,7 +227,7 @@ class FusedOptimizer(Optimizer):
             if not any(base.__module__.startswith("torch.optim.") for base in below.__bases__)
         ]
 
-    # ---- the contract: a subclass overrides the last three, and of the others what differs -------
+    # ---- the contract: a subclass overrides the last two, and the others where they differ -------
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Raise ValueError where an option of this class is out of range.
@@ -234,9 +242,13 @@ class FusedOptimizer(Optimizer):
         return self.tensor_states
 
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Create what `state` lacks for the next step of `param`: zeros for `states` and `step`."""
-        if "step" in self.scalar_states and "step" not in state:
-            state["step"] = torch.zeros((), dtype=_count_dtype(param), device=param.device)
+        """Create what `state` lacks for the next step of `param`: counts, and zeros for `states`.
+
+        Counts in `late_states` are not created.
+        """
+        for name, count in self.counts.items():
+            if name not in state and name not in self.late_states:
+                state[name] = count.create(param)
         dtype = group["state_dtype"]
         if dtype is not None and param.is_complex():
             dtype = dtype.to_complex()
@@ -253,17 +265,22 @@ class FusedOptimizer(Optimizer):
         """
         return None
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
-        """What lr multiplies, and the new state, from the old state and the penalised gradient."""
-        raise NotImplementedError(f"{type(self).__name__} defines no direction")
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
+        """The rule in torch operations: (direction, gain, new state). It writes into no tensor.
 
-    def gain(self, settings: Settings, state: State) -> Number:
-        """Displacement per unit of a constant gradient, over lr, in the new state.
+        Args:
+            settings: the options of the group, each number as a float or a 0-dim tensor.
+            state: the old state. Moments have the dtype of the arithmetic and counts are numbers. A
+                count of `late_states` may be missing.
+            grad: the gradient after loss scale, clipping and coupled penalties.
 
-        `lr * gain * l1` is the threshold whose fixed point minimises loss + l1 * |w|. Not asked for
-        where `check_group` refuses l1_mode="prox".
+        Returns:
+            The direction, which lr multiplies. The gain, a number or a tensor: what a constant
+            gradient of 1 makes of the direction. With l1_mode="prox" the threshold is
+            lr * gain * l1, whose fixed point minimises loss + l1 * |w|. And the states that have
+            changed, by name.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no gain, which l1 asks for")
+        raise NotImplementedError(f"{type(self).__name__} defines no update")
 
     # ---- what belongs to the optimizer ---------------------------------------------------------
 
@@ -547,7 +564,7 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(NOT_BEFORE_CAPTURE)
         # Those without a gradient too, if they have begun: an option that was turned on may need
         # more of their state.
-        names = {*self.tensor_states, *self.scalar_states}
+        names = {*self.tensor_states, *self.counts}
         idle = {p for p in candidates if p.grad is None and names & self.state.get(p, {}).keys()}
         waiting = [(g, [p for p in g["params"] if p in idle]) for g in self.param_groups]
         self._init_states(work + waiting)
@@ -571,7 +588,7 @@ class FusedOptimizer(Optimizer):
         names = self.states(group)
         if any(name not in state for name in names):
             return False  # no gradient yet
-        counts = [state[name] for name in self.scalar_states if name in state]
+        counts = [state[name] for name in self.counts if name in state]
         if not backend.is_walkable_with(param, [state[name] for name in names], counts):
             return False
         for name in names:
@@ -617,23 +634,23 @@ class FusedOptimizer(Optimizer):
         for name in self.tensor_states:
             if name in state:
                 check_moment(group, param, name, state[name])
-        for name in self.scalar_states:
+        for name in self.counts:
             if name in state:
                 check_count(group, param, name, state[name])
-        for name in (*self.tensor_states, *self.scalar_states):
+        for name in (*self.tensor_states, *self.counts):
             value = state.get(name)
             if value is None:
                 state.pop(name, None)
-            elif name in self.scalar_states and not isinstance(value, Tensor):
-                state[name] = torch.full((), value, dtype=_count_dtype(param), device=param.device)
+            elif name in self.counts and not isinstance(value, Tensor):
+                state[name] = self.counts[name].create(param, value)
 
     def _check_counts(self, state: dict[str, Tensor]) -> None:
         """Raise where a count is missing, which kernels would take for 1."""
-        for name in self.scalar_states:
+        for name in self.counts:
             if name not in state and name not in self.late_states:
                 raise RuntimeError(
-                    f"{type(self).__name__}.init_state creates no {name!r}: of the scalar_states "
-                    "only `step` is created by itself, and only late_states may be missing"
+                    f"{type(self).__name__}.init_state creates no {name!r}: call "
+                    "super().init_state, which creates all counts that are not in late_states"
                 )
 
     def _shard_alike(self, param: Tensor, state: dict[str, Tensor]) -> None:
@@ -903,12 +920,6 @@ def named(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in arguments.items()
         if name not in ("self", "__class__", "params")
     }
-
-
-def _count_dtype(param: Tensor) -> torch.dtype:
-    """Dtype of a step count. float32 is torch's; on the parameter's device nobody waits for it."""
-    wide = torch.get_default_dtype() == torch.float64 and param.device.type == "cpu"
-    return torch.float64 if wide else torch.float32
 
 
 def _copy_of(lr: Any) -> Any:

@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from fusedreg.penalties import Penalty
-from fusedreg.scalars import Flag, Number, is_zero, number, select, wide_dtype
+from fusedreg.scalars import Count, Flag, Number, is_zero, number, select, wide_dtype
 
 Settings = Mapping[str, Any]
 """A param group without its parameters, each number where the arithmetic needs it."""
 
 State = dict[str, Any]
 """The state of one parameter, read for the arithmetic: moments widened, scalars as numbers."""
+
+Update = tuple[Tensor, Number, State]
+"""What `update` of an optimizer returns: what lr multiplies, its gain, and the new state."""
 
 Block = tuple[Tensor, Tensor, dict[str, Any]]
 """A parameter, its gradient and its state, or the same part of each."""
@@ -46,19 +49,16 @@ two threads of torch, which are used from 32,768 elements for each.
 class Rule(Protocol):
     """The part of an optimizer that an update needs; see FusedOptimizer, which documents it."""
 
-    scalar_states: tuple[str, ...]
+    counts: Mapping[str, Count]
     tensor_states: tuple[str, ...]
     penalties: tuple[Penalty, ...]
     layerwise: bool
 
     def device_rule(self, group: Settings) -> Any:
-        """What kernels run; None where `direction` may be anything, and not elementwise."""
+        """What kernels run; None where `update` may be anything, and not elementwise."""
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
-        """What lr multiplies, and the new state."""
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """The displacement per unit of a constant gradient, over lr."""
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
+        """What lr multiplies, its gain, and the new state."""
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -88,6 +88,7 @@ class Move(NamedTuple):
 
     w: Tensor
     direction: Tensor
+    gain: Number
     decay: Number
     """Decoupled, without lr."""
     state: State
@@ -111,16 +112,16 @@ def move(
     for penalty in rule.penalties:
         g = penalty.gradient(settings, g, w)
 
-    old = {name: number(state[name], param.device) for name in rule.scalar_states if name in state}
+    old = {name: number(state[name], param.device) for name in rule.counts if name in state}
     old |= {name: _read(state[name], dtype) for name in rule.tensor_states if name in state}
-    direction, new = rule.direction(settings, old, g)
+    direction, gain, new = rule.update(settings, old, g)
     # What a rule hands on as it is, perhaps under another name, is memory that a step writes.
     handed_on = {id(value) for value in old.values() if isinstance(value, Tensor)}
     new = {name: x.clone() if id(x) in handed_on else x for name, x in new.items()}
     decay: Number = 0.0
     for penalty in rule.penalties:
         decay = decay + penalty.decay(settings, w, direction)
-    return Move(w, direction, decay, new)
+    return Move(w, direction, gain, decay, new)
 
 
 def update(
@@ -192,10 +193,8 @@ def _new_values(
         w = w * (1 - rate * moved.decay)
     w = w - rate * moved.direction
 
-    thresholded = settings["l1_mode"] == "prox" and not is_zero(settings["l1"])
-    gain = rule.gain(settings, moved.state) if thresholded else 1.0
     for penalty in rule.penalties:
-        w = penalty.prox(settings, w, rate, gain)
+        w = penalty.prox(settings, w, rate, moved.gain)
 
     stepped = [(state[name], value, skip) for name, value in moved.state.items()]
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
@@ -232,7 +231,7 @@ def _blocks(
     if small or param.device.type != "cpu" or rule.device_rule(settings) is None:
         return [whole]
     tensors = {name: state[name] for name in rule.tensor_states if name in state}
-    counts = {name: state[name] for name in rule.scalar_states if name in state}
+    counts = {name: state[name] for name in rule.counts if name in state}
     together = param, grad.resolve_conj(), *tensors.values()
     if not all(_is_plain(x) and x.shape == param.shape for x in together):
         return [whole]

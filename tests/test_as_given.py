@@ -245,7 +245,7 @@ def test_a_momentum_buffer_of_none_begins_anew(
     torch.testing.assert_close(param, torchs, rtol=0, atol=1e-15)  # 4 ulp
 
 
-@pytest.mark.parametrize("cls", [c for c in CLASSES if c.scalar_states and c is not fusedreg.SGD])
+@pytest.mark.parametrize("cls", [c for c in CLASSES if "step" in c.counts])
 @pytest.mark.parametrize("value", [0, 7, 2.0, numpy.float64(3), numpy.int64(4), None])
 def test_a_number_as_step_counts_on(cls: Any, path: str, value: Any) -> None:
     optimizer, param = stepped(cls, path)

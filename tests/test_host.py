@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedreg
 from fusedreg import backend
+from fusedreg.scalars import Count
 
 from cases import KERNEL_CASES, SOME, Case, by_id, parameters, run, set_grads, tensors
 from compare import assert_close, frozen, parameters_of, results
@@ -498,8 +499,8 @@ def test_a_rule_may_be_written_inside_a_function(monkeypatch: pytest.MonkeyPatch
         return tripled(g), 3.0, states
 
     monkeypatch.setattr(own.Own, "rule", rules.RULES["sgd"]._replace(tile=tile))
-    for name in ("tensor_states", "scalar_states", "device_options"):
-        monkeypatch.setattr(own.Own, name, ())
+    for name, nothing in {"tensor_states": (), "counts": {}, "device_options": ()}.items():
+        monkeypatch.setattr(own.Own, name, nothing)
     param = nn.Parameter(torch.ones(1))
     param.grad = torch.ones(1)
     own.Own([param], lr=0.25).step()
@@ -546,7 +547,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "more or fewer scalars than its width",
     ),
     "counts": (
-        {"scalar_states": ("step", "mass"), "late_states": ("mass",)},
+        {"counts": {"step": Count(), "mass": Count()}, "late_states": ("mass",)},
         r"own_scalars returns 1 counts, but scalar_states says 2",
         "more or fewer counts than scalar_states",
     ),
@@ -587,7 +588,7 @@ def test_a_row_has_place_for_scalars_and_counts(
     fused: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One number more is refused before anything changes."""
-    widest = rules.WIDEST - len(own.Own.scalar_states)
+    widest = rules.WIDEST - len(own.Own.counts)
 
     rule = rules.Rule(own.own_scalars, own.own, widest + 1)
     monkeypatch.setattr(own.Own, "rule", rule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.optim.optimizer import ParamsT
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
-from fusedreg.reference import Settings, State, as_real
-from fusedreg.scalars import Number
+from fusedreg.reference import Settings, State, Update, as_real
+from fusedreg.scalars import Count
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  # a property
@@ -82,7 +83,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
     """
 
     tensor_states = ("sum",)
-    scalar_states = ("step",)
+    counts = MappingProxyType({"step": Count()})
     device_options = ("lr_decay", "eps")
 
     def __init__(
@@ -136,29 +137,14 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
         """Name of this rule in `fusedreg.kernels.device.rules`."""
         return "adagrad"
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
-        new: State = {"step": state["step"] + 1, "sum": state["sum"] + grad * grad}
-        root = _root(settings, new)
-        # 0/0: a coordinate that has never seen a gradient does not move.
-        return torch.where(root == 0, 0.0, grad / root / _slowed(settings, new)), new
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """1 / d, and 0 where the sum is 0: there 1 / eps would wipe out unused weights."""
-        gain = 1 / _root(settings, state) / _slowed(settings, state)
-        return torch.where(state["sum"] == 0, 0.0, gain)
-
-
-# d is the product of these two. It is not formed, because it may overflow where g / d does not.
-
-
-def _root(settings: Settings, state: State) -> Tensor:
-    """sqrt(s) + eps, in the new state."""
-    root: Tensor = state["sum"].sqrt() + settings["eps"]
-    return root
-
-
-def _slowed(settings: Settings, state: State) -> Number:
-    """1 + (t - 1) * lr_decay, in the new state."""
-    slowed: Number = 1 + (state["step"] - 1) * settings["lr_decay"]
-    return slowed
+        step, total = state["step"] + 1, state["sum"] + grad * grad
+        root = total.sqrt() + settings["eps"]
+        slowed = 1 + (step - 1) * settings["lr_decay"]
+        # d is the product of the two. It is not formed, because it may overflow where g / d does
+        # not. Where no gradient was ever seen, nothing moves, although 0/0 is NaN, and there is no
+        # threshold: lr * l1 / eps would set unused weights to zero.
+        direction = torch.where(root == 0, 0.0, grad / root / slowed)
+        gain = torch.where(total == 0, 0.0, 1 / root / slowed)
+        return direction, gain, {"step": step, "sum": total}

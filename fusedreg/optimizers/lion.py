@@ -12,7 +12,7 @@ from fusedreg.checks import check_betas
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.optimizers.momentum import average
-from fusedreg.reference import Settings, State
+from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import pair
 
 
@@ -122,9 +122,10 @@ class Lion(FusedOptimizer):
         """Name of this rule in `fusedreg.kernels.device.rules`."""
         return "lion"
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
         beta1, beta2 = settings["betas"]
         mixed = beta1 * state["exp_avg"] + (1 - beta1) * grad
         new = {"exp_avg": average(state["exp_avg"], grad, 1 - beta2)}
-        return torch.where(mixed.isnan(), mixed, mixed.sign()), new
+        # There is no gain, and nothing asks for it: l1_mode="prox" is refused.
+        return torch.where(mixed.isnan(), mixed, mixed.sign()), 1.0, new

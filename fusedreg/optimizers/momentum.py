@@ -7,6 +7,7 @@ told from a step count, because schedules change the momentum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from fusedreg.dist import whole
-from fusedreg.scalars import Number, is_zero, wide_dtype
+from fusedreg.scalars import Count, Number, is_zero
+
+MASS = Count(wide=True, least=-math.inf)
+"""The momentum mass. A dampening above 1 makes it negative."""
 
 
 def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
@@ -64,7 +68,7 @@ def initial_mass(
     The buffer may be older than the mass, because l1 was turned on later. It counts as warmed up,
     unless it is all zeros, because the first step was skipped.
     """
-    mass = torch.zeros((), dtype=wide_dtype(param.device), device=param.device)
+    mass = MASS.create(param)
     if buffer is None:
         return mass
     return torch.where(whole(buffer.any()), mass + (1 - dampening) / (1 - momentum), mass)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,9 +12,15 @@ from torch.optim.optimizer import ParamsT
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
-from fusedreg.optimizers.momentum import average, check_mass_is_finite, initial_mass, is_thresholded
-from fusedreg.reference import Settings, State
-from fusedreg.scalars import Number, is_zero
+from fusedreg.optimizers.momentum import (
+    MASS,
+    average,
+    check_mass_is_finite,
+    initial_mass,
+    is_thresholded,
+)
+from fusedreg.reference import Settings, State, Update
+from fusedreg.scalars import Count, Number, is_zero
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -93,7 +100,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     tensor_states = ("square_avg", "momentum_buffer", "grad_avg")
-    scalar_states = ("step", "momentum_mass")
+    counts = MappingProxyType({"step": Count(), "momentum_mass": MASS})
     late_states = ("momentum_buffer", "grad_avg", "momentum_mass")
     device_options = ("alpha", "eps", "momentum")
 
@@ -150,40 +157,25 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         momentum = "" if is_zero(group["momentum"]) else "_momentum"
         return "rmsprop" + ("_centered" if group["centered"] else "") + momentum
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
         alpha, momentum = settings["alpha"], settings["momentum"]
-        new: State = {
-            "step": state["step"] + 1,
-            # ((1 - alpha) g) g: the square alone overflows sooner.
-            "square_avg": alpha * state["square_avg"] + (1 - alpha) * grad * grad,
-        }
+        # ((1 - alpha) g) g: the square alone overflows sooner.
+        v = square = alpha * state["square_avg"] + (1 - alpha) * grad * grad
+        new: State = {"step": state["step"] + 1, "square_avg": v}
         if settings["centered"]:
-            new["grad_avg"] = average(state["grad_avg"], grad, 1 - alpha)
-        denominator = _denominator(settings, new)
-        # 0/0: a coordinate that has never seen a gradient does not move.
+            a = new["grad_avg"] = average(state["grad_avg"], grad, 1 - alpha)
+            # Rounding may leave less than 0 of a gradient that does not change.
+            variance = (v - a * a).clamp(min=0)
+            square = torch.where(v.isinf(), v, variance)  # where a^2 overflows too
+        denominator = square.sqrt() + settings["eps"]
+        # Where no gradient was ever seen, nothing moves, although 0/0 is NaN, and there is no
+        # threshold: lr * l1 / eps would set unused weights to zero.
         direction = torch.where(denominator == 0, 0.0, grad / denominator)
-        if is_zero(momentum):
-            return direction, new
-        if "momentum_mass" in state:
-            new["momentum_mass"] = momentum * state["momentum_mass"] + 1
-        new["momentum_buffer"] = momentum * state["momentum_buffer"] + direction
-        return new["momentum_buffer"], new
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """c / d, and 0 where the mean square is 0: there 1 / eps would wipe out unused weights."""
-        mass: Number = 1.0 if is_zero(settings["momentum"]) else state["momentum_mass"]
-        denominator = _denominator(settings, state)
-        unseen = (state["square_avg"] == 0) | (denominator == 0)
-        return torch.where(unseen, 0.0, mass / denominator)
-
-
-def _denominator(settings: Settings, state: State) -> Tensor:
-    """sqrt(v) + eps, or of the variance where centered."""
-    square = state["square_avg"]
-    if settings["centered"]:
-        # Rounding may leave less than 0 of a gradient that does not change.
-        variance = (square - state["grad_avg"] * state["grad_avg"]).clamp(min=0)
-        square = torch.where(square.isinf(), square, variance)  # where a^2 overflows too
-    denominator: Tensor = square.sqrt() + settings["eps"]
-    return denominator
+        mass: Number = 1.0
+        if not is_zero(momentum):
+            direction = new["momentum_buffer"] = momentum * state["momentum_buffer"] + direction
+            if "momentum_mass" in state:
+                mass = new["momentum_mass"] = momentum * state["momentum_mass"] + 1
+        gain = torch.where((v == 0) | (denominator == 0), 0.0, mass / denominator)
+        return direction, gain, new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.optim.optimizer import ParamsT
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
-from fusedreg.optimizers.momentum import check_mass_is_finite, initial_mass, is_thresholded
-from fusedreg.reference import Settings, State
+from fusedreg.optimizers.momentum import MASS, check_mass_is_finite, initial_mass, is_thresholded
+from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import Flag, Number, is_zero
 
 
@@ -102,7 +103,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
     """
 
     tensor_states = ("momentum_buffer",)
-    scalar_states = ("momentum_mass",)
+    counts = MappingProxyType({"momentum_mass": MASS})
     late_states = ("momentum_buffer", "momentum_mass")
     device_options = ("momentum", "dampening")
 
@@ -166,28 +167,23 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
             return "sgd"
         return "sgd_nesterov" if group["nesterov"] else "sgd_momentum"
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
         momentum, dampening = settings["momentum"], settings["dampening"]
         if is_zero(momentum):
-            return grad, {}
+            return grad, 1.0, {}
         new: State = {}
+        mass: Number = 1.0
         first: Flag = False
         if "momentum_mass" in state:
-            mass = state["momentum_mass"]
-            first = mass == 0
-            new["momentum_mass"] = _select(first, 1.0, momentum * mass + (1 - dampening))
-        damped: Tensor = momentum * state["momentum_buffer"] + (1 - dampening) * grad
+            first = state["momentum_mass"] == 0
+            mass = _select(first, 1.0, momentum * state["momentum_mass"] + (1 - dampening))
+            new["momentum_mass"] = mass
+        damped = momentum * state["momentum_buffer"] + (1 - dampening) * grad
         buffer = new["momentum_buffer"] = _select(first, grad, damped)
-        return (grad + momentum * buffer if settings["nesterov"] else buffer), new
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """What the momentum makes of a constant gradient of 1, k in the class docstring."""
-        momentum = settings["momentum"]
-        if is_zero(momentum):
-            return 1.0
-        mass: Number = state["momentum_mass"]
-        return 1 + momentum * mass if settings["nesterov"] else mass
+        if settings["nesterov"]:
+            return grad + momentum * buffer, 1 + momentum * mass, new
+        return buffer, mass, new
 
 
 def _select(condition: Flag, chosen: Any, otherwise: Any) -> Any:

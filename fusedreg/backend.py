@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fusedreg.dist import is_sharded_alike, local
+from fusedreg.formats import Format, Plain
 from fusedreg.kernels.contract import Backend
+from fusedreg.types import Settings, UpdateRule
 
 FLOOR = (3, 3)
 """The oldest triton that compiles and interprets the kernels."""
@@ -28,7 +30,9 @@ NEEDED = f"triton>={FLOOR[0]}.{FLOOR[1]}"
 """As pip is told."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What kernels load and store."""
+"""Dtypes of numbers that kernels load and store."""
+STORED = (*DTYPES, torch.int32, torch.int16, torch.int8)
+"""Dtypes of what a format stores."""
 
 
 def problem() -> str | None:
@@ -113,6 +117,11 @@ def device_kernels(device: torch.device, fused: bool | None) -> Backend | None:
     return kernels() if fused and interpreted() else host_kernels()
 
 
+def kernels_of(rule: UpdateRule, group: Settings, param: Tensor) -> Backend | None:
+    """What steps a parameter of an optimizer, None for the reference path."""
+    return None if rule.device_rule(group) is None else kernels_for(param, group["fused"])
+
+
 def kernels_for(param: Tensor, fused: bool | None) -> Backend | None:
     """The kernels that step `param`, None for the reference path."""
     launch = device_kernels(param.device, fused)
@@ -123,8 +132,8 @@ def kernels_for(param: Tensor, fused: bool | None) -> Backend | None:
     return launch if fits else None
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is strided memory of a real floating dtype that kernels load.
+def is_plain(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> bool:
+    """Whether `tensor` is strided memory of a real dtype that kernels load.
 
     Complex tensors and subclasses that dispatch by themselves are not; of a DTensor the local part
     counts.
@@ -135,29 +144,44 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
         and tensor.layout is torch.strided
-        and tensor.dtype in DTYPES
+        and tensor.dtype in dtypes
         and not tensor.is_neg()  # lazily negated
         and not tensor._is_zerotensor()
     )
 
 
-def is_walkable(tensor: Tensor) -> bool:
+def is_walkable(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> bool:
     """Whether `tensor` is plain and without gaps, so that kernels can walk it in storage order."""
-    return is_plain(tensor) and (local(tensor).is_contiguous() or _is_dense(local(tensor)))
+    plain = is_plain(tensor, dtypes)
+    return plain and (local(tensor).is_contiguous() or _is_dense(local(tensor)))
 
 
-def is_walkable_with(param: Tensor, moments: Sequence[Tensor], counts: Sequence[Tensor]) -> bool:
-    """Whether kernels can walk the moments along with `param`, once they are laid out like it."""
+def is_walkable_with(
+    param: Tensor, storage: Format, planes: Sequence[Tensor], counts: Sequence[Tensor]
+) -> bool:
+    """Whether kernels can walk the states along with `param`, once they are laid out like it.
+
+    Args:
+        param: the parameter.
+        storage: how its states are stored.
+        planes: the tensors that they are stored in, state by state.
+        counts: its counts.
+    """
+    plain = isinstance(storage, Plain)
+    if storage.codec is None and not plain:
+        return False
+    dtypes = DTYPES if plain else STORED
+    each = len(storage.suffixes)
     return (
         all(
-            moment.shape == param.shape
-            and moment.device == param.device
-            and is_walkable(moment)
-            and is_sharded_alike(param, moment)
-            for moment in moments
+            plane.shape == param.shape
+            and plane.device == param.device
+            and is_walkable(plane, dtypes)
+            and is_sharded_alike(param, plane)
+            for plane in planes
         )
         and all(count.device == param.device and count.dtype in DTYPES for count in counts)
-        and len({moment.dtype for moment in moments}) <= 1
+        and all(len({plane.dtype for plane in planes[k::each]}) <= 1 for k in range(each))
     )
 
 

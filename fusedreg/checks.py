@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import takewhile
 from numbers import Real
 from operator import eq
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fusedreg.dist import mesh_of
+from fusedreg.penalties import Penalty
 from fusedreg.scalars import on_host
 
 L1_MODES = ("prox", "decoupled", "subgradient")
@@ -170,9 +171,11 @@ def describe(groups: list[dict[str, Any]], number: int, index: int) -> str:
     return f"parameter {name} of shape {tuple(param.shape)}, {param.dtype}, {param.device}"
 
 
-def check_param(groups: list[dict[str, Any]], number: int, index: int) -> None:
+def check_param(
+    penalties: Iterable[Penalty], groups: list[dict[str, Any]], number: int, index: int
+) -> None:
     """Raise where a parameter cannot be stepped, or not with the penalties of its group."""
-    param, l1 = groups[number]["params"][index], groups[number]["l1"]
+    param = groups[number]["params"][index]
     if is_lazy(param):  # of a lazy module: nothing is known before the first forward
         return
     if param.is_conj():
@@ -180,12 +183,10 @@ def check_param(groups: list[dict[str, Any]], number: int, index: int) -> None:
             "view_as_real doesn't work on unresolved conjugated tensors: make the parameter from "
             f"resolve_conj() ({describe(groups, number, index)})"
         )
-    if param.is_complex() and not (isinstance(l1, Real) and l1 == 0):
-        raise ValueError(
-            f"Invalid l1 value: {l1} for a complex parameter: a step treats it as pairs of reals, "
-            "whose soft-threshold is not that of the modulus. Put it into a group with l1=0 "
-            f"({describe(groups, number, index)})"
-        )
+    for penalty in penalties:
+        problem = penalty.check_param(groups[number], param)
+        if problem is not None:
+            raise ValueError(f"{problem} ({describe(groups, number, index)})")
 
 
 def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) -> None:

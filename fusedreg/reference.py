@@ -14,26 +14,26 @@ because temporaries as large as a parameter would go through main memory in ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedreg.penalties import Penalty
-from fusedreg.scalars import Count, Flag, Number, is_zero, number, select, wide_dtype
+from fusedreg.formats import Format, planes_of
+from fusedreg.scalars import Flag, Number, is_zero, number, select, wide_dtype
+from fusedreg.types import Settings, State, UpdateRule
 
-Settings = Mapping[str, Any]
-"""A param group without its parameters, each number where the arithmetic needs it."""
 
-State = dict[str, Any]
-"""The state of one parameter, read for the arithmetic: moments widened, scalars as numbers."""
+class Block(NamedTuple):
+    """A parameter, its gradient and its state, or the same part of each."""
 
-Update = tuple[Tensor, Number, State]
-"""What `update` of an optimizer returns: what lr multiplies, its gain, and the new state."""
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    """By name: the planes of its tensor states, and its counts."""
+    format: Format
+    """How its tensor states are stored."""
 
-Block = tuple[Tensor, Tensor, dict[str, Any]]
-"""A parameter, its gradient and its state, or the same part of each."""
 
 Writes = list[tuple[Tensor, Number]]
 """Tensors, and what is to be written into each."""
@@ -44,21 +44,6 @@ BLOCK_BYTES = 768 * 1024
 A few temporaries of this size stay in the caches of a core, and each operation is long enough for
 two threads of torch, which are used from 32,768 elements for each.
 """
-
-
-class Rule(Protocol):
-    """The part of an optimizer that an update needs; see FusedOptimizer, which documents it."""
-
-    counts: Mapping[str, Count]
-    tensor_states: tuple[str, ...]
-    penalties: tuple[Penalty, ...]
-    layerwise: bool
-
-    def device_rule(self, group: Settings) -> Any:
-        """What kernels run; None where `update` may be anything, and not elementwise."""
-
-    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
-        """What lr multiplies, its gain, and the new state."""
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -94,15 +79,9 @@ class Move(NamedTuple):
     state: State
 
 
-def move(
-    rule: Rule,
-    settings: Settings,
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
-    scale: Number,
-) -> Move:
+def move(rule: UpdateRule, settings: Settings, block: Block, scale: Number) -> Move:
     """The direction of a step and the new state; arguments as for `update`. Changes nothing."""
+    param, grad, state, storage = block
     dtype = compute_dtype(param)
     w = _read(param, dtype)
     g = loss_gradient(param, grad, scale)
@@ -113,7 +92,10 @@ def move(
         g = penalty.gradient(settings, g, w)
 
     old = {name: number(state[name], param.device) for name in rule.counts if name in state}
-    old |= {name: _read(state[name], dtype) for name in rule.tensor_states if name in state}
+    for name in rule.tensor_states:
+        planes = planes_of(storage, [name])
+        if planes[0] in state:
+            old[name] = storage.load([as_real(state[plane]) for plane in planes], dtype)
     direction, gain, new = rule.update(settings, old, g)
     # What a rule hands on as it is, perhaps under another name, is memory that a step writes.
     handed_on = {id(value) for value in old.values() if isinstance(value, Tensor)}
@@ -125,11 +107,9 @@ def move(
 
 
 def update(
-    rule: Rule,
+    rule: UpdateRule,
     settings: Settings,
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
+    block: Block,
     scale: Number,
     skip: Flag,
     squares: Tensor | None,
@@ -139,9 +119,7 @@ def update(
     Args:
         rule: the optimizer.
         settings: the numbers of its param group.
-        param: the parameter.
-        grad: its gradient, read and never written.
-        state: its state, complete.
+        block: the parameter, its gradient, which is read and never written, and its state.
         scale: what multiplies the gradient of the loss.
         skip: True where this step must change nothing.
         squares: what `squares_of` gives, summed over the ranks that have parts of the parameter;
@@ -149,9 +127,9 @@ def update(
     """
     if skip is True:
         return
-    blocks = _blocks(rule, settings, param, grad, state)
+    blocks = _blocks(rule, settings, block)
     if rule.layerwise and squares is None and len(blocks) > 1:
-        moves = (move(rule, settings, *block, scale) for block in blocks)
+        moves = (move(rule, settings, block, scale) for block in blocks)
         squares = torch.stack([squares_of(moved) for moved in moves]).sum(0)
 
     # An exception, such as a KeyboardInterrupt, may come at any time. Before the values of the
@@ -161,8 +139,8 @@ def update(
     # together, so that they always belong to the same block.
     begun: tuple[int, Writes] | None = None
     try:
-        for index, block in enumerate(blocks):
-            begun = index, _new_values(rule, settings, block, scale, skip, squares)
+        for index, part in enumerate(blocks):
+            begun = index, _new_values(rule, settings, part, scale, skip, squares)
             _write(begun[1])
     except BaseException:
         if begun is not None:
@@ -174,7 +152,7 @@ def update(
 
 
 def _new_values(
-    rule: Rule,
+    rule: UpdateRule,
     settings: Settings,
     block: Block,
     scale: Number,
@@ -183,8 +161,8 @@ def _new_values(
 ) -> Writes:
     """What a step makes of a block: what to write, and where. Changes nothing."""
     lr = settings["lr"]
-    param, _, state = block
-    moved = move(rule, settings, *block, scale)
+    param, _, state, storage = block
+    moved = move(rule, settings, block, scale)
     rate = lr
     if rule.layerwise:
         rate = lr * trust_ratio(*(squares_of(moved) if squares is None else squares))
@@ -196,7 +174,14 @@ def _new_values(
     for penalty in rule.penalties:
         w = penalty.prox(settings, w, rate, moved.gain)
 
-    stepped = [(state[name], value, skip) for name, value in moved.state.items()]
+    stepped: list[tuple[Any, Number, Flag]] = []
+    for name, value in moved.state.items():
+        if name in rule.counts:
+            stepped.append((state[name], value, skip))
+        else:
+            planes = [as_real(state[plane]) for plane in planes_of(storage, [name])]
+            new = storage.store(value, planes)
+            stepped += [(plane, x, skip) for plane, x in zip(planes, new, strict=True)]
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
     stepped.append((param, w, skip | (lr == 0)))
     writes = [
@@ -216,21 +201,20 @@ def _write(values: Writes) -> None:
             target.fill_(value)
 
 
-def _blocks(
-    rule: Rule, settings: Settings, param: Tensor, grad: Tensor, state: dict[str, Any]
-) -> list[Block]:
+def _blocks(rule: UpdateRule, settings: Settings, whole: Block) -> list[Block]:
     """The parameter in parts that are stepped one after the other, or in one.
 
     Parts are vectors in the order of memory, so all tensors must be laid out alike, without gaps. A
-    step counts once: all parts but the last have numbers in the place of scalar states.
+    step counts once: all parts but the last have numbers in the place of counts.
     """
-    whole = param, grad, state
+    param, grad, state, storage = whole
     size = BLOCK_BYTES // compute_dtype(param).itemsize
     # On an accelerator blocks would be nothing but more launches.
     small = as_real(param).numel() <= size
     if small or param.device.type != "cpu" or rule.device_rule(settings) is None:
         return [whole]
-    tensors = {name: state[name] for name in rule.tensor_states if name in state}
+    planes = planes_of(storage, rule.tensor_states)
+    tensors = {name: state[name] for name in planes if name in state}
     counts = {name: state[name] for name in rule.counts if name in state}
     together = param, grad.resolve_conj(), *tensors.values()
     if not all(_is_plain(x) and x.shape == param.shape for x in together):
@@ -243,9 +227,10 @@ def _blocks(
     numbers = {name: number(count, param.device) for name, count in counts.items()}
     parts = zip(*(torch.split(as_real(x).view(-1), size) for x in in_order), strict=True)
     blocks = [
-        (p, g, {**numbers, **dict(zip(tensors, moments, strict=True))}) for p, g, *moments in parts
+        Block(p, g, {**numbers, **dict(zip(tensors, moments, strict=True))}, storage)
+        for p, g, *moments in parts
     ]
-    blocks[-1][2].update(counts)
+    blocks[-1].state.update(counts)
     return blocks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from fusedreg.kernels.contract import Backend, Call, Program
 from fusedreg.kernels.layout import HEADER
 from fusedreg.kernels.table import Table
 
-States = Sequence[Mapping[str, Tensor]]
-"""What is here of the states of each parameter of an inventory."""
+LocalStates = Sequence[Mapping[str, Tensor]]
+"""The local states of each parameter of an inventory."""
 
 
 class Key(NamedTuple):
@@ -71,7 +72,7 @@ class Memory:
         self.views = [bucket.grads_in(self.grads) for bucket in self.buckets]
 
 
-def layout(inventory: Inventory, states: States) -> dict[torch.device, Memory]:
+def layout(inventory: Inventory, states: LocalStates) -> dict[torch.device, Memory]:
     """Sort the tensors of an inventory into buckets and write their tables."""
     keys: dict[torch.device, dict[Key, list[int]]] = {}
     for position, param in enumerate(inventory.chosen):
@@ -89,13 +90,16 @@ def _program(inventory: Inventory, position: int, state: Mapping[str, Tensor]) -
     """What kernels are compiled for, to step a parameter."""
     options, group = inventory.options, inventory.group_of[position]
     structure, param = options.structure[group], inventory.params[position]
-    counts = [state.get(name) for name in inventory.scalar_states]
+    counts = [state.get(name) for name in inventory.counts]
+    storage, planes = inventory.formats[position], inventory.planes[position]
+    first_state = planes[: len(storage.suffixes)]
+    assert structure.rule is not None, "kernels step no parameter of a group without a device rule"
     return Program(
         rule=structure.rule,
         hooks=options.hooks_of[group],
         states=len(structure.states),
-        planes=(state[structure.states[0]].dtype if structure.states else param.dtype,),
-        codec=None,
+        planes=tuple(state[name].dtype for name in first_state) or (param.dtype,),
+        codec=storage.codec,
         counts=tuple(torch.float64 if count is None else count.dtype for count in counts),
         options=options.options,
         line=options.width,
@@ -112,7 +116,7 @@ def _memory(inventory: Inventory, device: torch.device, keys: Mapping[Key, list[
     for key, positions in keys.items():
         groups = [inventory.group_of[position] for position in positions]
         numels = [inventory.numels[position] for position in positions]
-        slots = _slots(inventory, positions, key.program.states)
+        slots = _slots(inventory, positions)
         table = key.backend.build(addresses_at(inventory, slots), numels, groups, device)
         program = key.program
         rows = torch.empty(len(positions), program.row, dtype=torch.float64, device=device)
@@ -145,20 +149,12 @@ def _memory(inventory: Inventory, device: torch.device, keys: Mapping[Key, list[
     )
 
 
-def _slots(inventory: Inventory, positions: list[int], states: int) -> list[list[int]]:
+def _slots(inventory: Inventory, positions: list[int]) -> list[list[int]]:
     """Places of parameters, states and counts; -1 for a count that a parameter does not have."""
-    names = [
-        inventory.options.structure[inventory.group_of[position]].states for position in positions
-    ]
-    place = inventory.state_index
-    return [
-        positions,
-        *(
-            [place(i, own[k]) for i, own in zip(positions, names, strict=True)]
-            for k in range(states)
-        ),
-        *([place(i, name) for i in positions] for name in inventory.scalar_states),
-    ]
+    planes = zip(*(inventory.planes[position] for position in positions), strict=True)
+    counts = ([name] * len(positions) for name in inventory.counts)
+    places = partial(map, inventory.state_index, positions)
+    return [positions, *(list(places(names)) for names in (*planes, *counts))]
 
 
 def addresses_at(inventory: Inventory, slots: list[list[int]]) -> list[list[int]]:

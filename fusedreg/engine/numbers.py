@@ -7,46 +7,25 @@ changes are checked once for all groups that changed alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from operator import is_, itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fusedreg.kernels.contract import FIRST_NUMBER, SLOTS, Backend, DeviceFunction, Hook
 from fusedreg.kernels.contract import Rule as DeviceRule
 from fusedreg.kernels.layout import Group, with_lr
-from fusedreg.penalties import Penalty, Term
+from fusedreg.penalties import Term
 from fusedreg.scalars import Number, is_remote, on_host
-
-Groups = Sequence[dict[str, Any]]
-
-
-class Rule(Protocol):
-    """The part of an optimizer that the engine needs; see FusedOptimizer, which documents it."""
-
-    defaults: dict[str, Any]
-    own_options: frozenset[str]
-    tensor_states: tuple[str, ...]
-    scalar_states: tuple[str, ...]
-    device_options: tuple[str, ...]
-    layerwise: bool
-    penalties: tuple[Penalty, ...]
-
-    def device_rule(self, group: Mapping[str, Any]) -> Any:
-        """The rule, or its name in `fusedreg.kernels.device.rules`."""
-
-    def states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the tensor states that the rule moves."""
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise where an option is out of range."""
+from fusedreg.types import ParamGroup, UpdateRule
 
 
 class Structure(NamedTuple):
     """What the options of a group decide: which kernels its parameters need."""
 
-    rule: DeviceRule
+    rule: DeviceRule | None
+    """None where the reference path steps its parameters."""
     states: tuple[str, ...]
     fused: bool | None
     hooks: tuple[tuple[str, DeviceFunction], ...]
@@ -64,7 +43,7 @@ class Lines:
         groups: all param groups, checked.
     """
 
-    def __init__(self, rule: Rule, backend: Backend, groups: Groups) -> None:
+    def __init__(self, rule: UpdateRule, backend: Backend, groups: list[ParamGroup]) -> None:
         self._backend = backend
         self._options_of = itemgetter("lr", *(name for name in rule.defaults if name != "lr"))
         self._options = [self._options_of(group) for group in groups]
@@ -80,10 +59,8 @@ class Lines:
         self.lines = [self._line(rule, group) for group in groups]
         self.hooks_of = self._packed()
         """The hooks of the launch that a group is part of."""
-        self.stale = True
-        """Whether the lines differ from those that were sent last."""
 
-    def _placed(self, rule: Rule, groups: Groups) -> list[Hook]:
+    def _placed(self, rule: UpdateRule, groups: list[ParamGroup]) -> list[Hook]:
         """Each hook that any group needs, once, and where its numbers are in a line."""
         hooks: dict[tuple[str, DeviceFunction], Hook] = {}
         first = FIRST_NUMBER
@@ -115,37 +92,38 @@ class Lines:
             pack_of.append(pack)
         return [tuple(hook for hook in self.hooks if hook in pack) for pack in pack_of]
 
-    def refresh(self, rule: Rule, groups: Groups) -> bool:
-        """Take over this step's options; False where they ask for another plan.
+    def refresh(self, rule: UpdateRule, groups: list[ParamGroup]) -> bool | None:
+        """Take over this step's options, say whether any changed; None: they need another plan.
 
         Raises what checking a group raises, for one that changed.
         """
         if len(groups) != len(self._options):
-            return False
+            return None
+        changed = False
         alike: dict[tuple[Any, ...], tuple[list[Number], Structure]] = {}
         for index, group in enumerate(groups):
             options, old = self._options_of(group), self._options[index]
             if len(group) != self._sizes[index] or not rule.own_options.isdisjoint(group.keys()):
-                rule._check_group(group)  # a key that was added is refused or warned of
+                rule.validate(group)  # a key that was added is refused or warned of
                 self._sizes[index] = len(group)
             if all(map(is_, options, old)):
                 seen = self._seen[index]
                 if seen is None or seen == _snapshot(options):
                     continue
             if not self._take(index, rule, group, options, alike):
-                return False
-        return True
+                return None
+            changed = True
+        return changed
 
     def _take(
         self,
         index: int,
-        rule: Rule,
-        group: dict[str, Any],
+        rule: UpdateRule,
+        group: ParamGroup,
         options: tuple[Any, ...],
         alike: dict[tuple[Any, ...], tuple[list[Number], Structure]],
     ) -> bool:
         """Replace a line, the quick way where that is known to be right."""
-        self.stale = True
         lr, others = options[0], options[1:]
         simple = type(lr) is float and lr >= 0 and self._seen[index] is None
         if simple and all(map(is_, others, self._options[index][1:])):
@@ -157,7 +135,7 @@ class Lines:
         if found is not None:
             line, structure = with_lr(found[0], lr), found[1]
         else:
-            rule._check_group(group)
+            rule.validate(group)
             options = self._options_of(group)  # which the check may have made plain
             mutable = _snapshot_if_mutable(options)
             structure = self._structure(rule, group)
@@ -171,21 +149,21 @@ class Lines:
         self._options[index], self._seen[index], self.lines[index] = options, mutable, line
         return True
 
-    def _structure(self, rule: Rule, group: dict[str, Any]) -> Structure:
+    def _structure(self, rule: UpdateRule, group: ParamGroup) -> Structure:
         """What of a group's options decides which kernels its parameters need."""
-        names = rule.states(group)
-        device_rule = self._backend.rule(
-            rule.device_rule(group),
-            states=len(names),
-            counts=len(rule.scalar_states),
-            options=len([*_elements(group[name] for name in rule.device_options)]),
-        )
+        names, wanted = rule.states(group), rule.device_rule(group)
+        device_rule = None
+        if wanted is not None:
+            options = [*_elements(group[name] for name in rule.device_options)]
+            device_rule = self._backend.rule(
+                wanted, states=len(names), counts=len(rule.counts), options=len(options)
+            )
         hooks = tuple(
             (term.stage, self._backend.hook(term.function)) for term in _terms(rule, group)
         )
         return Structure(device_rule, names, group["fused"], hooks)
 
-    def _line(self, rule: Rule, group: dict[str, Any]) -> list[Number]:
+    def _line(self, rule: UpdateRule, group: ParamGroup) -> list[Number]:
         """The numbers of a group in the device's order; a tensor where it must not be read."""
         line: list[Number] = [0.0] * self.width
         line[:FIRST_NUMBER] = Group(lr=group["lr"], sign=-1.0 if group["maximize"] else 1.0)
@@ -201,7 +179,7 @@ class Lines:
         return [value if is_remote(value) else float(value) for value in line]
 
 
-def _terms(rule: Rule, group: dict[str, Any]) -> Iterator[Term]:
+def _terms(rule: UpdateRule, group: ParamGroup) -> Iterator[Term]:
     """What the penalties of a group ask of kernels."""
     return (term for penalty in rule.penalties for term in penalty.terms(group))
 

@@ -12,8 +12,8 @@ from torch.optim.optimizer import ParamsT
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
-from fusedreg.reference import Settings, State, Update, as_real
-from fusedreg.scalars import Count
+from fusedreg.scalars import Count, Number
+from fusedreg.types import Settings, State, Update
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  # a property
@@ -118,20 +118,16 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
         name = "initial_accumulator_value"
         check_number(name, group[name], below=float("inf"), read_device=read_device)
 
-    def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Begin the sum at its initial value."""
-        fresh = "sum" not in state
-        super().init_state(group, param, state)
-        if fresh:
-            as_real(state["sum"]).add_(group["initial_accumulator_value"])
+    def first_value(self, group: Settings, name: str) -> Number:
+        """Where the sum begins."""
+        value: Number = group["initial_accumulator_value"]
+        return value
 
     def share_memory(self) -> None:
         """Move `sum` of every parameter into shared memory, for processes that train together."""
-        for group in self.param_groups:
-            self._check_group(group)
-        self._init_states([(group, group["params"]) for group in self.param_groups])
-        for param in self._params():
-            self.state[param]["sum"].share_memory_()
+        self._stepper.create_states(self, self.param_groups, self.state)
+        for state in self.state.values():
+            state["sum"].share_memory_()
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""

@@ -13,8 +13,8 @@ from fusedreg.checks import check_betas, check_number
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.optimizers.momentum import average
-from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import Count, pair
+from fusedreg.types import Settings, State, Update
 
 Betas = tuple[float | Tensor, float | Tensor]
 

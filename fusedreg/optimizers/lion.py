@@ -12,8 +12,8 @@ from fusedreg.checks import check_betas
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.optimizers.momentum import average
-from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import pair
+from fusedreg.types import Settings, State, Update
 
 
 class Lion(FusedOptimizer):

@@ -19,8 +19,8 @@ from fusedreg.optimizers.momentum import (
     initial_mass,
     is_thresholded,
 )
-from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import Count, Number, is_zero
+from fusedreg.types import Settings, State, Update
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):

@@ -15,8 +15,8 @@ from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.optimizers.momentum import MASS, check_mass_is_finite, initial_mass, is_thresholded
-from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import Flag, Number, is_zero
+from fusedreg.types import Settings, State, Update
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a property

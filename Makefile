@@ -19,7 +19,7 @@ test: $(READY)  ## the whole suite with branch coverage
 	$(BIN)/pytest -n 2 --benchmark-disable --cov
 
 fuzz: $(READY)  ## random programs around the optimizers, in other ones than the suite's
-	$(BIN)/python tests/stateful.py $(FUZZ)
+	$(BIN)/python tests/lib/stateful.py $(FUZZ)
 
 test-integration: $(INTEGRATION)/.ready  ## train with transformers, accelerate and lightning
 	$(INTEGRATION)/bin/pytest tests/integration
@@ -36,9 +36,9 @@ FUSED := fused and (elastic_net or adamw)
 test-triton: $(TRITONS:%=.triton/%)  ## compile and interpret the kernels with other tritons
 	for version in $(TRITONS); do \
 		echo "triton $$version" && PYTHONPATH=$(CURDIR)/.triton/$$version \
-			$(BIN)/pytest -q -n 2 --benchmark-disable tests/test_compile.py || exit 1; \
+			$(BIN)/pytest -q -n 2 --benchmark-disable tests/kernels/test_compile.py || exit 1; \
 		PYTHONPATH=$(CURDIR)/.triton/$$version $(BIN)/pytest -q -n 2 --benchmark-disable \
-			tests/test_oracle.py tests/test_amp.py -k "$(FUSED)" || exit 1; \
+			tests/steps/test_oracle.py tests/steps/test_amp.py -k "$(FUSED)" || exit 1; \
 	done
 
 .triton/%: | $(READY)

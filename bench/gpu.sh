@@ -63,7 +63,8 @@ workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
 stage pytest 200 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" \
     -p no:cacheprovider -m gpu "${workers[@]}" --durations=10 \
-    "$root/tests/test_gpu.py" "$root/tests/test_own_rule.py" "$root/tests/test_recipes.py"
+    "$root/tests/kernels/test_gpu.py" "$root/tests/kernels/test_own_rule.py" \
+    "$root/tests/docs/test_recipes.py"
 
 # Without torch's cache each tensor is an allocation of its own, whose bounds memcheck knows. Errors
 # of API calls are those by which torch finds out what the machine can do.

@@ -1,31 +1,16 @@
-"""Fixtures shared by all tests; the case table is in cases.py."""
+"""Fixtures shared by all tests; the case table is in lib/cases.py."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" not in os.environ or "FUSEDREG_CACHE" not in os.environ:
-    # What one test has compiled for the CPU, all processes of this run take from here.
-    _kernels = tempfile.TemporaryDirectory(prefix="fusedreg-")
-    os.environ["FUSEDREG_CACHE"] = _kernels.name
-
-if not torch.cuda.is_available():
-    # Without a GPU, fused=True has its kernels interpreted. Triton reads this when it is imported,
-    # which the first optimizer does, and those are made for the table of cases.
-    os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("interpreter")
-
 import fusedreg
 
+import environment  # noqa: F401  # before the first optimizer, which cases.py makes
 from cases import CASES, INTERPRETED_CASES, PATHS, PROPERTY_CASES, SOME, Case
-
-torch.set_num_threads(1)  # the suite runs in two processes; small tensors gain nothing from threads
 
 
 @pytest.fixture(params=[*PATHS, "device"])

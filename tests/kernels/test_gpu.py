@@ -1,6 +1,6 @@
 """The kernels compiled, on a CUDA GPU: what interpreting them on a CPU cannot show.
 
-    pytest -m gpu tests/test_gpu.py
+    pytest -m gpu tests/kernels/test_gpu.py
 
 The arithmetic is that of the other files, which interpret the same kernels.
 """

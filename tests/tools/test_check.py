@@ -190,7 +190,7 @@ def test_it_leaves_torch_as_it_was(tmp_path: Path) -> None:
         assert check(tmp_path, "--case=adam-none", "--dtype=float16").status == 0
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(1)  # as conftest.py has it
+        torch.set_num_threads(1)  # as environment.py has it
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -2,8 +2,8 @@
 
 A program of its own, because whoever reads or writes beside a tensor ends it with SIGSEGV:
 
-    python tests/guarded.py default    # steps, compares, and prints how many tensors there were
-    python tests/guarded.py ends       # how processes end that read in, after and before a tensor
+    python tests/lib/guarded.py default  # steps, compares, and prints how many tensors there were
+    python tests/lib/guarded.py ends     # how processes end that read in, after and before a tensor
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 if "fused" in sys.argv:
-    import conftest  # noqa: F401  # which has triton interpret, as in the suite
+    import environment  # noqa: F401  # which has triton interpret, as in the suite
 
 from fusedreg.check.cases import DTYPES, PENALTIES, RULES, Case
-from fusedreg.kernels.cpu import launch
+from fusedreg.kernels.cpu import backend
 
 # Every tail of a vector and of a block of them; around a block (1,024) and a chunk of triton's
 # kernels; around a chunk of the CPU's, and of two.
 SIZES = [*range(258), 1023, 1024, 1025, 8191, 8192, 8193, 65535, 65536, 65537, 131073]
-# Interpreted blocks take long, and conftest.py makes their chunk 2,048.
+# Interpreted blocks take long, and interpreter.py makes their chunk 2,048.
 FEW_SIZES = [0, 1, 2, 127, 128, 257, 1023, 1024, 1025, 2047, 2048, 2049]
 CHOSEN = ["sgd_momentum", "adam_amsgrad", "adamw", "rmsprop_both", "adagrad", "lion", "lamb"]
 FEW = ["lamb"]
@@ -144,9 +144,9 @@ def read_beside(by: int) -> None:
     guards = Guards()
     grad = guards.copy(torch.ones(1000), at_end=by > 0)
     address = grad.data_ptr() + by * grad.itemsize
-    table: Any = launch.build([[address]], [grad.numel()], [0], torch.device("cpu"))
+    table: Any = backend.build([[address]], [grad.numel()], [0], torch.device("cpu"))
     partials = torch.empty(1, dtype=torch.float64)
-    launch.norms(table, torch.tensor([address]), partials, 0, torch.float32, False)()
+    backend.norms(table, torch.tensor([address]), partials, 0, torch.float32, False)()
     assert float(partials) == 1000**0.5
 
 

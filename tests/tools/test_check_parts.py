@@ -267,7 +267,7 @@ def test_old_torch(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_floors_are_those_that_are_declared() -> None:
-    declared = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    declared = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '"torch>={}.{}"'.format(*installation.TORCH_FLOOR) in declared
     assert f'"{backend.NEEDED};' in declared
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-FILE = Path(__file__).parent.parent / "bench" / "host.py"
+FILE = Path(__file__).parents[2] / "bench" / "host.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""Random programs around an optimizer, the same in every run; see stateful.py.
+"""Random programs around an optimizer, the same in every run; see lib/stateful.py.
 
-`python tests/stateful.py --steps 100000` takes as many steps as one likes, in other programs.
+`python tests/lib/stateful.py --steps 100000` takes as many steps as one likes, in other programs.
 """
 
 from __future__ import annotations

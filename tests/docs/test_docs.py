@@ -59,7 +59,7 @@ def test_links_within_the_repository_resolve(page: Path) -> None:
 
 
 def test_tests_named_in_the_pages_exist() -> None:
-    sources = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    sources = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     for page in PAGES:
         for name in re.findall(r"`(test_\w+)`", page.read_text()):
             assert f"def {name}(" in sources, f"{page.name} names {name}"

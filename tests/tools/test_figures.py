@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from fusedreg.demo import diabetes
 from fusedreg.penalty import kkt_distance
 
-FOLDER = Path(__file__).parent.parent / "docs" / "figures"
+FOLDER = Path(__file__).parents[2] / "docs" / "figures"
 FEW_DECAYS = (0.3, 0.5, 2.0, 10.0)
 FEW_STEPS = 200
 

@@ -3,7 +3,7 @@
 A machine draws with hypothesis what is done to a Program, and shortens what fails. The suite draws
 the same few programs in every run, and
 
-    python tests/stateful.py --steps 100000
+    python tests/lib/stateful.py --steps 100000
 
 takes that many steps in other ones each time, and counts what it found.
 """
@@ -37,7 +37,7 @@ from hypothesis.stateful import (
 import fusedreg
 from fusedreg.check.cases import CLASSES
 
-import conftest  # noqa: F401  # by itself too, triton interprets as in the suite
+import environment  # noqa: F401  # by itself too, triton interprets as in the suite
 from stateful_program import COUNTS, DTYPES, GRADS, MEMORY, SHAPES, SIZES, Program, number_of
 
 # ---- programs drawn by hypothesis ----------------------------------------------------------------

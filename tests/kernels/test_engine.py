@@ -1,7 +1,8 @@
 """The engine: buckets, tables, and what makes a plan of addresses end.
 
-Kernels are interpreted on the CPU here (fused=True, see conftest.py); on a GPU test_gpu.py has them
-compiled. The arithmetic is tested by every other file, where the path "fused" is these kernels.
+Kernels are interpreted on the CPU here (fused=True, see lib/environment.py); on a GPU test_gpu.py
+has them compiled. The arithmetic is tested by every other file, where the path "fused" is these
+kernels.
 """
 
 from __future__ import annotations

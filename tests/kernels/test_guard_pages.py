@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(what: str) -> str:
-    program = Path(__file__).with_name("guarded.py")
+    program = Path(__file__).parents[1] / "lib" / "guarded.py"
     result = subprocess.run(
         [sys.executable, str(program), what], capture_output=True, text=True, check=False
     )

@@ -156,7 +156,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     faulthandler.register(signal.SIGTERM, chain=True)
     if "TRITON_INTERPRET" in os.environ:
         importlib.import_module("interpreter")
-    torch.set_num_threads(1)  # as conftest.py
+    torch.set_num_threads(1)  # as environment.py
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the name of this machine need not resolve
     dist.init_process_group(
         "cpu:gloo",

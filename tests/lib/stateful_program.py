@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import fusedreg
 from fusedreg.check.cases import PATHS
 
-import conftest  # noqa: F401  # by itself too, triton interprets as in the suite
+import environment  # noqa: F401  # by itself too, triton interprets as in the suite
 import stateful_model as model
 from compare import frozen, parameters_of
 

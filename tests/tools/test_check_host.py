@@ -111,7 +111,7 @@ def test_a_cpu_without_float16_has_no_cure(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_floor_is_the_one_that_is_declared() -> None:
-    declared = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    declared = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"{LLVMLITE}"' in declared
 
 

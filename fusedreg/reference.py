@@ -146,8 +146,8 @@ def update(
         if begun is not None:
             index, values = begun
             _write(values)
-            for block in blocks[index + 1 :]:
-                _write(_new_values(rule, settings, block, scale, skip, squares))
+            for part in blocks[index + 1 :]:
+                _write(_new_values(rule, settings, part, scale, skip, squares))
         raise
 
 

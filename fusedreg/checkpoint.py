@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from fusedreg.dist import mesh_of, sharded_as
+from fusedreg.formats import Plain, planes_of
 from fusedreg.scalars import Count, wide_dtype
+from fusedreg.types import ParamGroup, UpdateRule
 
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 """Group options that say how to run here; a file from another machine must not change them."""
@@ -251,3 +253,37 @@ def _moment(
         dtype = dtype.to_complex()
     restored: Tensor = value.detach().to(param.device, dtype, copy=True)
     return restored
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+
+def join_planes(rule: UpdateRule, groups: Sequence[ParamGroup], packed: StateDict) -> None:
+    """Replace the planes of each state by the state itself, as its format says."""
+    for group, packed_group in zip(groups, packed["param_groups"], strict=True):
+        for param, key in zip(group["params"], packed_group["params"], strict=True):
+            storage = rule.state_format(group, param)
+            if isinstance(storage, Plain) or key not in packed["state"]:
+                continue
+            state = dict(packed["state"][key])
+            for name in rule.tensor_states:
+                planes = planes_of(storage, [name])
+                if planes[0] in state:
+                    state[name] = storage.to_checkpoint([state.pop(plane) for plane in planes])
+            packed["state"][key] = state
+
+
+def split_into_planes(
+    rule: UpdateRule, groups: Sequence[ParamGroup], states: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Replace each state of a file by its planes, as its format says."""
+    for group in groups:
+        for param in group["params"]:
+            storage = rule.state_format(group, param)
+            state = states.get(param)
+            if isinstance(storage, Plain) or state is None:
+                continue
+            for name in rule.tensor_states:
+                if name in state:
+                    planes = storage.from_checkpoint(state.pop(name))
+                    state.update(zip(planes_of(storage, [name]), planes, strict=True))

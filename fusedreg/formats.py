@@ -9,7 +9,7 @@ NAME are called NAME plus a suffix each; a checkpoint holds the state itself, as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Plain(Format):
             dtype = dtype.to_complex()
         state = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if not is_zero(value):
-            (torch.view_as_real(state) if state.is_complex() else state).fill_(value)
+            as_real(state).fill_(value)
         return (state,)
 
     def load(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -91,3 +91,14 @@ class Plain(Format):
 def planes_of(format: Format, names: Sequence[str]) -> tuple[str, ...]:
     """What the planes of some states are called, state by state."""
     return tuple(name + suffix for name in names for suffix in format.suffixes)
+
+
+def planes_in(format: Format, state: Mapping[str, Tensor], name: str) -> list[Tensor] | None:
+    """The tensors that a state is stored in, complex ones as pairs of reals; None: not there."""
+    names = planes_of(format, [name])
+    return [as_real(state[plane]) for plane in names] if names[0] in state else None
+
+
+def as_real(x: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x

@@ -519,6 +519,7 @@ class FusedOptimizer(Optimizer):
         if none of them has an effect: it loads only files that have every key.
         """
         packed: StateDict = Optimizer.state_dict(self)
+        checkpoint.join_planes(self, self.param_groups, packed)
         if dist.checkpoint_reads_keys():
             unknown = checkpoint.keys_beyond_torch(self)
             for group in packed["param_groups"]:
@@ -554,6 +555,7 @@ class FusedOptimizer(Optimizer):
             self._make_pairs(group)
             self.validate(group, read_device=True)
         state = checkpoint.restore_state(groups, state_dict, type(self))
+        checkpoint.split_into_planes(self, groups, state)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

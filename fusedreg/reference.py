@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedreg.formats import Format, planes_of
+from fusedreg.formats import Format, as_real, planes_in, planes_of
 from fusedreg.scalars import Flag, Number, is_zero, number, select, wide_dtype
 from fusedreg.types import Settings, State, UpdateRule
 
@@ -49,11 +49,6 @@ two threads of torch, which are used from 32,768 elements for each.
 def compute_dtype(param: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64 and complex128, else float32."""
     return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-def as_real(x: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
-    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
@@ -93,9 +88,9 @@ def move(rule: UpdateRule, settings: Settings, block: Block, scale: Number) -> M
 
     old = {name: number(state[name], param.device) for name in rule.counts if name in state}
     for name in rule.tensor_states:
-        planes = planes_of(storage, [name])
-        if planes[0] in state:
-            old[name] = storage.load([as_real(state[plane]) for plane in planes], dtype)
+        planes = planes_in(storage, state, name)
+        if planes is not None:
+            old[name] = storage.load(planes, dtype)
     direction, gain, new = rule.update(settings, old, g)
     # What a rule hands on as it is, perhaps under another name, is memory that a step writes.
     handed_on = {id(value) for value in old.values() if isinstance(value, Tensor)}
@@ -179,7 +174,7 @@ def _new_values(
         if name in rule.counts:
             stepped.append((state[name], value, skip))
         else:
-            planes = [as_real(state[plane]) for plane in planes_of(storage, [name])]
+            planes = planes_in(storage, state, name) or []
             new = storage.store(value, planes)
             stepped += [(plane, x, skip) for plane, x in zip(planes, new, strict=True)]
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.

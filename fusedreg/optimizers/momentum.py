@@ -8,13 +8,14 @@ told from a step count, because schedules change the momentum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedreg.dist import whole
+from fusedreg.formats import Format
 from fusedreg.scalars import Count, Number, is_zero
 
 MASS = Count(wide=True, least=-math.inf)
@@ -61,9 +62,13 @@ def check_mass_is_finite(group: Mapping[str, Any], *names: str) -> None:
 
 
 def initial_mass(
-    param: Tensor, buffer: Tensor | None, momentum: Any, dampening: Any = 0.0
+    param: Tensor,
+    storage: Format,
+    buffer: Sequence[Tensor] | None,
+    momentum: Any,
+    dampening: Any = 0.0,
 ) -> Tensor:
-    """A mass of 0, and where there is a `buffer` that has moved, its limit.
+    """A mass of 0, or its limit where there is a `buffer`, stored so, that has moved.
 
     The buffer may be older than the mass, because l1 was turned on later. It counts as warmed up,
     unless it is all zeros, because the first step was skipped.
@@ -71,4 +76,5 @@ def initial_mass(
     mass = MASS.create(param)
     if buffer is None:
         return mass
-    return torch.where(whole(buffer.any()), mass + (1 - dampening) / (1 - momentum), mass)
+    has_moved = whole(storage.load(buffer, torch.float32).any())
+    return torch.where(has_moved, mass + (1 - dampening) / (1 - momentum), mass)

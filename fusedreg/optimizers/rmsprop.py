@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
+from fusedreg.formats import planes_in
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.optimizers.momentum import (
     MASS,
@@ -145,12 +146,13 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create what is missing, and the momentum mass where a threshold needs it."""
-        buffer, momentum = state.get("momentum_buffer"), group["momentum"]
+        momentum, storage = group["momentum"], self.state_format(group, param)
+        buffer = planes_in(storage, state, "momentum_buffer")
         if buffer is None:
             state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
         super().init_state(group, param, state)
         if is_thresholded(group) and not is_zero(momentum) and "momentum_mass" not in state:
-            state["momentum_mass"] = initial_mass(param, buffer, momentum)
+            state["momentum_mass"] = initial_mass(param, storage, buffer, momentum)
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""

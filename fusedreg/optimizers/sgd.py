@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedreg.checks import check_number
 from fusedreg.dist import ProcessGroup
+from fusedreg.formats import planes_in
 from fusedreg.optimizer import FusedOptimizer, named
 from fusedreg.optimizers.momentum import MASS, check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.scalars import Flag, Number, is_zero
@@ -151,7 +152,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create the buffer, and the momentum mass where it is needed."""
         momentum, dampening = group["momentum"], group["dampening"]
-        buffer = state.get("momentum_buffer")
+        storage = self.state_format(group, param)
+        buffer = planes_in(storage, state, "momentum_buffer")
         if buffer is None:
             state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
         super().init_state(group, param, state)
@@ -159,7 +161,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
             return
         # The first gradient enters the buffer undamped; only the mass tells which is the first.
         if is_thresholded(group) or (buffer is None and not is_zero(dampening)):
-            state["momentum_mass"] = initial_mass(param, buffer, momentum, dampening)
+            state["momentum_mass"] = initial_mass(param, storage, buffer, momentum, dampening)
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""

@@ -133,11 +133,13 @@ def keys_beyond_torch(optimizer: Any) -> frozenset[str]:
         return frozenset()
     of_torch = {*inspect.signature(namesake).parameters, *optimizer.fixed_options}
     beyond = frozenset(optimizer.defaults.keys() - of_torch)
-    neutral = {"decay_lr": "lr_independent_decay"}  # what makes an option count
-    for options in (optimizer.defaults, *optimizer.param_groups):
-        for name in beyond.difference(EXECUTION_FLAGS):
-            used = options[neutral.get(name, name)]
-            if used != optimizer.neutral_options[neutral.get(name, name)]:
+    declared = optimizer.declared_options
+    for name in beyond.difference(EXECUTION_FLAGS):
+        if name not in declared:  # of a subclass, which alone knows what it does
+            return frozenset()
+        switch = declared[name].needs or name
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            if options[switch] != declared[switch].default:
                 return frozenset()
     return beyond
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import takewhile
 from numbers import Real
 from operator import eq
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.nn.parameter import is_lazy
 
 from fusedreg.dist import mesh_of
 from fusedreg.scalars import on_host
+
+ParamGroup: TypeAlias = dict[str, Any]
+"""A dict of `param_groups`: its parameters and options, and keys of a user's own."""
 
 L1_MODES = ("prox", "decoupled", "subgradient")
 
@@ -54,20 +57,49 @@ def check_number(
         raise ValueError(f"Invalid {label}: {value} (expected 0 <= value{upper})")
 
 
+def check_nonnegative(group: ParamGroup, name: str, read_device: bool) -> None:
+    """Raise unless option `name` of a group is a number >= 0."""
+    check_number(name, group[name], read_device=read_device)
+
+
+def check_finite(group: ParamGroup, name: str, read_device: bool) -> None:
+    """Raise unless option `name` of a group is a finite number >= 0."""
+    check_number(name, group[name], below=float("inf"), read_device=read_device)
+
+
+def check_l1_mode(group: ParamGroup, name: str, _: bool) -> None:
+    """Raise unless there is such a way to penalise."""
+    if group[name] not in L1_MODES:
+        raise ValueError(f"Invalid {name} value: {group[name]!r} (expected one of {L1_MODES})")
+
+
+def misspelt(key: object, known: Iterable[str]) -> str | None:
+    """The known name that is one edit away from a key, if there is one."""
+    return next((name for name in known if _is_one_edit(str(key), name)), None)
+
+
 def check_keys(
-    group: dict[str, Any], known: Collection[str], own: Mapping[str, Any], warned: set[str]
+    group: ParamGroup,
+    known: Collection[str],
+    own: Mapping[str, object],
+    warned: set[str],
+    *,
+    new: bool = False,
 ) -> None:
-    """Refuse what belongs to the optimizer, and warn once of a key that looks like a misspelt one.
+    """Raise for a key that belongs to the optimizer or that is a misspelt option.
 
     Args:
-        group: a param group; any other key in it is a user's own.
+        group: a param group. Keys that resemble no option are a user's own.
         known: options of a group.
         own: options of the optimizer and their values. A wrapper may repeat them in its groups, as
             ZeroRedundancyOptimizer does.
-        warned: keys that were named before; more are added.
+        warned: keys that there was a warning of; more are added.
+        new: whether a user has just passed the group. Of a misspelt option that appears later,
+            there is one warning.
 
     Raises:
-        ValueError: a group has another value of one of `own`, which would be ignored there.
+        ValueError: a group has another value of one of `own`, which would be ignored there; a new
+            group has a misspelt option.
     """
     for name, value in own.items():
         if name in group and group[name] != value:
@@ -79,12 +111,16 @@ def check_keys(
     for key in group:
         if key in known or key in TORCH_KEYS or key in own or key in warned:
             continue
-        near = [name for name in (*known, *own) if _is_one_edit(str(key), name)]
-        if near:
+        near = misspelt(key, (*known, *own))
+        if near is not None and new:
+            raise ValueError(
+                f"Invalid key in a param group: {key!r} (it is no option: did you mean {near!r}? "
+                "If it is a key of your own, rename it)"
+            )
+        if near is not None:
             warned.add(key)
             warnings.warn(
-                f"the param group key {key!r} is no option and has no effect: "
-                f"is {near[0]!r} meant?",
+                f"the param group key {key!r} is no option and has no effect: is {near!r} meant?",
                 stacklevel=4,
             )
 
@@ -123,7 +159,7 @@ def check_is_fake(param: Tensor, who: str) -> None:
         )
 
 
-def check_flags(group: dict[str, Any]) -> None:
+def check_flags(group: ParamGroup, *_: object) -> None:
     """Raise where `fused`, `foreach` and `differentiable` exclude each other or are not offered."""
     if group["fused"] and group["differentiable"]:
         raise RuntimeError("`fused` does not support `differentiable`")
@@ -136,11 +172,10 @@ def check_flags(group: dict[str, Any]) -> None:
         )
 
 
-def check_lr_independent_decay(group: dict[str, Any], read_device: bool = False) -> None:
-    """Raise where the decay is asked to leave out lr and cannot."""
-    decay_lr = group["decay_lr"]
-    if decay_lr is not None:
-        check_number("decay_lr", decay_lr, read_device=read_device)
+def check_lr_independent_decay(group: ParamGroup, name: str, read_device: bool) -> None:
+    """Raise where the decay is asked to leave out lr and cannot, or decay_lr is out of range."""
+    decay_lr = group[name]
+    check_number(name, decay_lr, read_device=read_device)
     if not group["lr_independent_decay"]:
         return
     if not group["decoupled_weight_decay"]:
@@ -156,13 +191,14 @@ def check_lr_independent_decay(group: dict[str, Any], read_device: bool = False)
         )
 
 
-def check_state_dtype(dtype: object) -> None:
-    """Raise unless the moments can be stored in `dtype`."""
-    if not (dtype is None or dtype in STATE_DTYPES):
-        raise ValueError(f"Invalid state_dtype value: {dtype!r} (expected one of {STATE_DTYPES})")
+def check_state_dtype(group: ParamGroup, name: str, _: bool) -> None:
+    """Raise unless the moments can be stored in this dtype."""
+    if group[name] not in STATE_DTYPES:
+        expected = f"expected one of {STATE_DTYPES}"
+        raise ValueError(f"Invalid {name} value: {group[name]!r} ({expected})")
 
 
-def describe(groups: list[dict[str, Any]], number: int, index: int) -> str:
+def describe(groups: list[ParamGroup], number: int, index: int) -> str:
     """Name, shape, dtype and device of parameter `index` of group `number`, for an error."""
     param = groups[number]["params"][index]
     names = groups[number].get("param_names", [])
@@ -170,7 +206,7 @@ def describe(groups: list[dict[str, Any]], number: int, index: int) -> str:
     return f"parameter {name} of shape {tuple(param.shape)}, {param.dtype}, {param.device}"
 
 
-def check_param(groups: list[dict[str, Any]], number: int, index: int) -> None:
+def check_param(groups: list[ParamGroup], number: int, index: int) -> None:
     """Raise where a parameter cannot be stepped, or not with the penalties of its group."""
     param, l1 = groups[number]["params"][index], groups[number]["l1"]
     if is_lazy(param):  # of a lazy module: nothing is known before the first forward
@@ -188,7 +224,7 @@ def check_param(groups: list[dict[str, Any]], number: int, index: int) -> None:
         )
 
 
-def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) -> None:
+def check_grad(who: str, groups: list[ParamGroup], number: int, index: int) -> None:
     """Raise where the gradient of a parameter cannot be used by the optimizer called `who`."""
     param = groups[number]["params"][index]
     grad = param.grad
@@ -235,7 +271,7 @@ def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) 
         raise RuntimeError(f"{problem} ({describe(groups, number, index)})")
 
 
-def check_moment(group: dict[str, Any], param: Tensor, name: str, value: Any) -> None:
+def check_moment(group: ParamGroup, param: Tensor, name: str, value: object) -> None:
     """Raise where a tensor state does not fit its parameter; None is taken for none."""
     if value is None or is_lazy(param):
         return
@@ -253,7 +289,7 @@ def check_moment(group: dict[str, Any], param: Tensor, name: str, value: Any) ->
     )
 
 
-def check_count(group: dict[str, Any], param: Tensor, name: str, value: Any) -> None:
+def check_count(group: ParamGroup, param: Tensor, name: str, value: object) -> None:
     """Raise where a state that is one number is something else; None is taken for none."""
     if value is None or (isinstance(value, Real) and math.isfinite(value)):
         return
@@ -271,7 +307,7 @@ def check_count(group: dict[str, Any], param: Tensor, name: str, value: Any) -> 
     )
 
 
-def _describe_one(group: dict[str, Any], param: Tensor) -> str:
+def _describe_one(group: ParamGroup, param: Tensor) -> str:
     """`describe`, where the place of the parameter has to be found first."""
     index = next(i for i, other in enumerate(group["params"]) if other is param)
     return describe([group], 0, index)

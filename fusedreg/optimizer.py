@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import copy
@@ -20,25 +21,25 @@ from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
+from typing_extensions import Unpack
 
 from fusedreg import backend, checkpoint, dist, reference
 from fusedreg.checks import (
-    L1_MODES,
+    ParamGroup,
     check_count,
-    check_flags,
     check_grad,
     check_is_fake,
     check_keys,
-    check_lr_independent_decay,
     check_moment,
     check_number,
     check_param,
-    check_state_dtype,
+    misspelt,
 )
 from fusedreg.dist import Group, ProcessGroup, Spread, local
 from fusedreg.engine.plan import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.engine.watch import Inventory
 from fusedreg.norms import clip_factor, norms_by_spread
+from fusedreg.options import AllOptions, Option, complete_signature, declarations, nearest
 from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import Count, Flag, Number, is_traced, is_zero, number, on_host, pair, settled
 
@@ -47,11 +48,11 @@ Work = list[tuple[dict[str, Any], list[Tensor]]]
 
 
 @dataclass
-class Own:
-    """What belongs to the optimizer and not to a param group.
+class OptimizerOptions:
+    """Options that belong to the optimizer and not to a param group, and what its steps report.
 
-    One object of the instance, because a wrapper may share the class and forward what it lacks, as
-    Lightning's do: its properties then read and write what is the optimizer's.
+    All in one object, because a wrapper may share the class and forward the attributes that it
+    lacks, as Lightning's wrappers do. Its properties then read and write those of the optimizer.
     """
 
     max_grad_norm: float | None = None
@@ -61,25 +62,8 @@ class Own:
     skipped_steps: Tensor | None = None
     launches: int = 0
     warned: set[str] = field(default_factory=set)
-    """Keys of groups that look like a misspelt option and were named once."""
+    """Keys of groups that look like a misspelt option and that there was a warning of."""
 
-
-OPTIONS: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "decoupled_weight_decay": False,
-    "lr_independent_decay": False,
-    "decay_lr": None,
-    "l1": 0.0,
-    "l1_mode": "prox",
-    "maximize": False,
-    "foreach": None,
-    "fused": None,
-    "differentiable": False,
-    "state_dtype": None,
-}
-"""Options of every param group, with the defaults of a class that does not say otherwise."""
-OWN_OPTIONS = {"max_grad_norm": None, "skip_nonfinite": False, "process_group": None}
-"""Those that belong to the optimizer, each a property of it."""
 
 PLAIN = frozenset((float, int, bool, str, tuple, list, type(None), torch.dtype))
 """Types of options that stay as they are."""
@@ -128,14 +112,14 @@ class FusedOptimizer(Optimizer):
 
     Args:
         params: as every optimizer takes them.
-        defaults: `lr` and the options of the subclass, which may differ between groups.
+        defaults: `lr` and the options of the subclass, which may differ between groups. Options
+            that every class has may be among them.
         options: those that every class has, as in :class:`fusedreg.SGD`: weight_decay,
-            decoupled_weight_decay, lr_independent_decay, l1, l1_mode, maximize, foreach, fused,
-            differentiable, state_dtype, max_grad_norm, skip_nonfinite and process_group. They may
-            stand in `defaults` too.
+            decoupled_weight_decay, lr_independent_decay, decay_lr, l1, l1_mode, maximize, foreach,
+            fused, differentiable, state_dtype, max_grad_norm, skip_nonfinite and process_group.
 
     Raises:
-        TypeError: there is no such option.
+        TypeError: there is no such option, or a name in `defaults` is a misspelt one.
         ValueError: an option is out of range.
     """
 
@@ -149,11 +133,15 @@ class FusedOptimizer(Optimizer):
     """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
     device_options: tuple[str, ...] = ()
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
-    fixed_options: Mapping[str, Any] = MappingProxyType({})
+    option_sets: ClassVar[tuple[type, ...]] = (AllOptions,)
+    """TypedDicts that declare the options of the class, except `lr` and the rule's own."""
+    option_defaults: Mapping[str, object] = MappingProxyType({})
+    """Defaults of this class for declared options; the others have those of their declaration."""
+    fixed_options: Mapping[str, object] = MappingProxyType({})
     """Options that every group has, whatever a checkpoint of another class says."""
-    neutral_options: Mapping[str, Any] = MappingProxyType(OPTIONS)
-    """Options that every class has, with values that have no effect."""
-    own_options = frozenset(OWN_OPTIONS)
+    declared_options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
+    """All of `option_sets` by name."""
+    own_options: frozenset[str] = frozenset()
     """Options that belong to the optimizer, so that no group may have them."""
     layerwise: bool = False
     """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
@@ -177,29 +165,24 @@ class FusedOptimizer(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        defaults: Mapping[str, Any],
-        **options: Any,
+        defaults: Mapping[str, object],
+        **options: Unpack[AllOptions],
     ) -> None:
-        who = type(self).__name__
-        for name in options.keys() - OPTIONS.keys() - OWN_OPTIONS.keys():
-            raise TypeError(f"{who}.__init__() got an unexpected keyword argument {name!r}")
-        defaults = {**OPTIONS, **OWN_OPTIONS, **defaults, **options}
-        own = {name: defaults.pop(name) for name in OWN_OPTIONS}
-        for name in ("lr", *self.device_options):
-            if name not in defaults:
-                raise TypeError(f"{who} has no option {name!r} among its defaults")
-        self._own = Own()
-        for name, value in own.items():
-            setattr(self, name, value)
+        self._check_names(defaults, options)
+        values = {**self._class_defaults(), **defaults, **options}
+        self._own = OptimizerOptions()
+        for name in self.own_options:
+            setattr(self, name, values.pop(name))
         self._splitter = dist.constructing_splitter()
-        self.defaults = {name: settled(value) for name, value in defaults.items()}
+        self.defaults = {name: settled(value) for name, value in values.items()}
         self._check_group({**self.defaults}, read_device=True)
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
         self._check_norm_is_global()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise where kernels would not run what a subclass says."""
+        """Complete the signature, and raise if kernels would run another rule than `update`."""
         super().__init_subclass__(**kwargs)
+        cls._declare_options()
         owner = {
             name: next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
             for name in ("update", "device_rule")
@@ -210,6 +193,44 @@ class FusedOptimizer(Optimizer):
                 "run the rule that it inherits: return the Rule that computes the same from "
                 "device_rule, or None for the reference path"
             )
+
+    @classmethod
+    def _declare_options(cls) -> None:
+        """Gather the options of `option_sets`, and show them in the constructor's signature."""
+        cls.declared_options = MappingProxyType(declarations(*cls.option_sets))
+        options = cls.declared_options.items()
+        cls.own_options = frozenset(name for name, option in options if not option.of_group)
+        changed = {**cls.option_defaults, **cls.fixed_options}
+        complete_signature(cls, changed, cls.option_sets)
+
+    @classmethod
+    def _class_defaults(cls) -> dict[str, object]:
+        """The values of declared options where the constructor is given none."""
+        declared = {name: option.default for name, option in cls.declared_options.items()}
+        return {**declared, **cls.option_defaults, **cls.fixed_options}
+
+    @classmethod
+    def _check_names(cls, defaults: Mapping[str, object], options: Mapping[str, object]) -> None:
+        """Raise TypeError for a name that is no option, or if one that is needed is missing."""
+        who, declared = cls.__name__, cls.declared_options
+        parameters = inspect.signature(cls).parameters
+        for name in options:
+            if name not in declared:
+                raise TypeError(
+                    f"{who}.__init__() got an unexpected keyword argument {name!r}"
+                    f"{nearest(name, parameters)}"
+                )
+        for name in defaults:
+            own = name in parameters or name in ("lr", *cls.device_options)
+            near = misspelt(name, declared)
+            if near is not None and not own and name not in declared:
+                raise TypeError(
+                    f"{who} has no option {name!r}, which is among its defaults. "
+                    f"Did you mean {near!r}?"
+                )
+        for name in ("lr", *cls.device_options):
+            if name not in declared and name not in defaults and name not in options:
+                raise TypeError(f"{who} has no option {name!r} among its defaults")
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
@@ -799,27 +820,33 @@ class FusedOptimizer(Optimizer):
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
-    def _check_group(self, group: dict[str, Any], read_device: bool = False) -> None:
-        """Raise where an option is out of range; make plain what is a number or a pair."""
+    def _check_group(self, group: ParamGroup, read_device: bool = False, new: bool = False) -> None:
+        """Raise if an option is out of range; make numbers and pairs plain ones.
+
+        Args:
+            group: the options.
+            read_device: whether numbers on an accelerator may be read, which waits for it.
+            new: whether a user has just passed the group, so that a misspelt option is an error.
+        """
         own = {name: getattr(self, name) for name in self.own_options}
-        check_keys(group, self.defaults, own, self._own.warned)
+        check_keys(group, self.defaults, own, self._own.warned, new=new)
         for name, default in self.defaults.items():
             if type(group[name]) not in PLAIN:  # an array, say, which a schedule made
                 of = pair if isinstance(default, tuple) else settled
                 group[name] = of(group[name])
-        if group["decay_lr"] is None:
-            group["decay_lr"] = _copy_of(group["lr"])
-        check_flags(group)
+        self._copy_options(group)
         check_number("lr", group["lr"], read_device=read_device)
-        check_number("weight_decay", group["weight_decay"], read_device=read_device)
-        check_number("l1", group["l1"], below=float("inf"), read_device=read_device)
-        if group["l1_mode"] not in L1_MODES:
-            raise ValueError(
-                f"Invalid l1_mode value: {group['l1_mode']!r} (expected one of {L1_MODES})"
-            )
-        check_state_dtype(group["state_dtype"])
-        check_lr_independent_decay(group, read_device)
+        for name, option in self.declared_options.items():
+            if option.check is not None:
+                option.check(group, name, read_device)
         self.check_group(group, read_device)
+
+    def _copy_options(self, group: ParamGroup) -> None:
+        """Replace None in options that are then a copy of another one."""
+        for name, option in self.declared_options.items():
+            if option.copied_from is not None and group[name] is None:
+                value = group[option.copied_from]  # may be a tensor that is written into later
+                group[name] = value.detach().clone() if isinstance(value, Tensor) else value
 
     def _make_pairs(self, group: dict[str, Any]) -> None:
         """Make tuples of pairs: a list would have to be read in every step, as it may change."""
@@ -832,7 +859,7 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             self._make_pairs(param_group)
-            self._check_group(param_group, read_device=True)
+            self._check_group(param_group, read_device=True, new=True)
             for index in range(len(param_group["params"])):
                 check_param(self.param_groups, len(self.param_groups) - 1, index)
         except Exception:  # whatever it was, the group must not stay
@@ -896,28 +923,18 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
         if not hasattr(self, "_own"):  # a wrapper has its optimizer's
-            old = {field.name: f"_{field.name}" for field in fields(Own)}  # names before 0.2
-            self._own = Own(**{name: state[key] for name, key in old.items() if key in state})
+            names = [field.name for field in fields(OptimizerOptions)]
+            old = {name: state[f"_{name}"] for name in names if f"_{name}" in state}  # before 0.2
+            self._own = OptimizerOptions(**old)
         self._plan = None
-        # Of an older version, which lacked some.
-        self.defaults = {**OPTIONS, **self.defaults}
+        options = self.declared_options.items()
+        declared = {name: option.default for name, option in options if option.of_group}
+        self.defaults = {**declared, **self.defaults}  # an older version lacked some
         for group in self.param_groups:
             group.update(self.fixed_options)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            if group["decay_lr"] is None:
-                group["decay_lr"] = _copy_of(group["lr"])
+            self._copy_options(group)
 
 
-def named(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The `locals()` of a constructor as options: an argument has the name of its option."""
-    return {
-        name: value
-        for name, value in arguments.items()
-        if name not in ("self", "__class__", "params")
-    }
-
-
-def _copy_of(lr: Any) -> Any:
-    """A learning rate as it is now, whatever is written into it later."""
-    return lr.detach().clone() if isinstance(lr, Tensor) else lr
+FusedOptimizer._declare_options()

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_betas, check_number
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import average
+from fusedreg.options import Options
 from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import Count, pair
 
@@ -120,18 +121,22 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
         betas = checked_betas(lr, betas, foreach_only=bool(foreach) and not capturable)
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""

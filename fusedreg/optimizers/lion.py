@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_betas
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import average
+from fusedreg.options import Options
 from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import pair
 
@@ -82,6 +84,7 @@ class Lion(FusedOptimizer):
 
     tensor_states = ("exp_avg",)
     device_options = ("betas",)
+    option_defaults = MappingProxyType({"decoupled_weight_decay": True, "l1_mode": "decoupled"})
 
     def __init__(
         self,
@@ -95,18 +98,20 @@ class Lion(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = True,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "decoupled",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
         betas = pair(betas)
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
     def check_group(self, group: dict[str, Any], read_device: bool) -> None:
         """Check the options of this class; see the base class."""

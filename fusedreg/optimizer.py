@@ -43,7 +43,7 @@ from fusedreg.options import AllOptions, Option, complete_signature, declaration
 from fusedreg.reference import Settings, State, Update
 from fusedreg.scalars import Count, Flag, Number, is_traced, is_zero, number, on_host, pair, settled
 
-Work = list[tuple[dict[str, Any], list[Tensor]]]
+Work = list[tuple[ParamGroup, list[Tensor]]]
 """Groups, each with those of its parameters that are stepped."""
 
 
@@ -179,7 +179,7 @@ class FusedOptimizer(Optimizer):
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
         self._check_norm_is_global()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         """Complete the signature, and raise if kernels would run another rule than `update`."""
         super().__init_subclass__(**kwargs)
         cls._declare_options()
@@ -246,7 +246,7 @@ class FusedOptimizer(Optimizer):
 
     # ---- the contract: a subclass overrides the last two, and the others where they differ -------
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Raise ValueError where an option of this class is out of range.
 
         Args:
@@ -389,7 +389,7 @@ class FusedOptimizer(Optimizer):
         order = ("triton", "llvm", "reference")
         return " and ".join(name for name in order if name in found) or "reference"
 
-    def _kernels_for(self, param: Tensor, group: dict[str, Any]) -> Any:
+    def _kernels_for(self, param: Tensor, group: ParamGroup) -> Any:
         """The kernels that step a parameter, None for the reference path."""
         if self.device_rule(group) is None:
             return None
@@ -645,7 +645,7 @@ class FusedOptimizer(Optimizer):
                         if state:
                             self.state[param] = state
 
-    def _tidy_state(self, group: dict[str, Any], param: Tensor) -> None:
+    def _tidy_state(self, group: ParamGroup, param: Tensor) -> None:
         """Take what a user wrote into the state of a parameter: None forgets, a number counts."""
         state = self.state[param]
         for name in self.tensor_states:
@@ -677,7 +677,7 @@ class FusedOptimizer(Optimizer):
                 state[name] = dist.sharded_as(param, state[name])
 
     def _settings(
-        self, group: dict[str, Any], params: Iterable[Tensor]
+        self, group: ParamGroup, params: Iterable[Tensor]
     ) -> dict[torch.device, Settings]:
         """The numbers of a group on every device of its parameters."""
         return {
@@ -787,7 +787,7 @@ class FusedOptimizer(Optimizer):
 
     def _update(
         self,
-        group: dict[str, Any],
+        group: ParamGroup,
         params: list[Tensor],
         scale: Number,
         skip: Flag,
@@ -848,13 +848,13 @@ class FusedOptimizer(Optimizer):
                 value = group[option.copied_from]  # may be a tensor that is written into later
                 group[name] = value.detach().clone() if isinstance(value, Tensor) else value
 
-    def _make_pairs(self, group: dict[str, Any]) -> None:
+    def _make_pairs(self, group: ParamGroup) -> None:
         """Make tuples of pairs: a list would have to be read in every step, as it may change."""
         for name, default in self.defaults.items():
             if isinstance(default, tuple) and name in group:
                 group[name] = pair(group[name])
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as torch does; options it lacks take the constructor's values."""
         super().add_param_group(param_group)
         try:
@@ -903,12 +903,12 @@ class FusedOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         checkpoint.check_keys(state_dict)
         groups = checkpoint.merge_groups(self.param_groups, state_dict["param_groups"])
-        checkpoint.check_states(state_dict, type(self))
+        checkpoint.check_states(state_dict, self)
         for group in groups:
             group.update(self.fixed_options)
             self._make_pairs(group)
             self._check_group(group, read_device=True)
-        state = checkpoint.restore_state(groups, state_dict, type(self))
+        state = checkpoint.restore_state(groups, state_dict, self)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

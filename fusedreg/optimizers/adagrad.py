@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from fusedreg.checks import check_number
+from fusedreg.checks import ParamGroup, check_number
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.options import Options
 from fusedreg.reference import Settings, State, Update, as_real
@@ -115,7 +114,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
         }
         super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         for name in ("lr_decay", "eps"):
             check_number(name, group[name], read_device=read_device)

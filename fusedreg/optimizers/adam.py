@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from fusedreg.checks import check_betas, check_number
+from fusedreg.checks import ParamGroup, check_betas, check_number
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import average
 from fusedreg.options import Options
@@ -138,7 +137,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         }
         super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("eps", group["eps"], read_device=read_device)
         check_betas(group["betas"], read_device=read_device)
@@ -178,7 +177,7 @@ def checked_betas(lr: object, betas: Betas, foreach_only: bool) -> Betas:
     """
     if isinstance(lr, Tensor) and foreach_only:
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-    numbers: Any = pair(betas)
+    numbers = pair(betas)
     check_betas(numbers, read_device=True)
     tensors = [isinstance(beta, Tensor) for beta in numbers]
     if any(tensors) and not all(tensors):
@@ -187,5 +186,5 @@ def checked_betas(lr: object, betas: Betas, foreach_only: bool) -> Betas:
         raise ValueError(
             "betas[0] as a Tensor is not supported for capturable=False and foreach=True"
         )
-    checked: Betas = numbers
-    return checked
+    first, second = numbers
+    return first, second

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from fusedreg.checks import check_betas
+from fusedreg.checks import ParamGroup, check_betas
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import average
 from fusedreg.options import Options
@@ -113,7 +112,7 @@ class Lion(FusedOptimizer):
         }
         super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_betas(group["betas"], read_device=read_device)
         if group["l1_mode"] == "prox":

@@ -8,13 +8,12 @@ told from a step count, because schedules change the momentum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedreg.dist import whole
+from fusedreg.reference import Settings
 from fusedreg.scalars import Count, Number, is_zero
 
 MASS = Count(wide=True, least=-math.inf)
@@ -38,12 +37,12 @@ def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
     return 2.0 * (base + factor * (half_new - half))
 
 
-def is_thresholded(group: Mapping[str, Any]) -> bool:
+def is_thresholded(group: Settings) -> bool:
     """Whether the momentum mass sets an L1 threshold in this group."""
     return group["l1_mode"] == "prox" and not is_zero(group["l1"])
 
 
-def check_mass_is_finite(group: Mapping[str, Any], *names: str) -> None:
+def check_mass_is_finite(group: Settings, *names: str) -> None:
     """Raise ValueError where the mass sets a threshold and would grow for ever.
 
     Args:
@@ -61,7 +60,7 @@ def check_mass_is_finite(group: Mapping[str, Any], *names: str) -> None:
 
 
 def initial_mass(
-    param: Tensor, buffer: Tensor | None, momentum: Any, dampening: Any = 0.0
+    param: Tensor, buffer: Tensor | None, momentum: Number, dampening: Number = 0.0
 ) -> Tensor:
     """A mass of 0, and where there is a `buffer` that has moved, its limit.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from fusedreg.checks import check_number
+from fusedreg.checks import ParamGroup, check_number
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import (
     MASS,
@@ -137,7 +136,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         }
         super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("eps", group["eps"], read_device=read_device)
         check_number("momentum", group["momentum"], read_device=read_device)

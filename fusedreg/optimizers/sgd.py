@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from fusedreg.checks import check_number
+from fusedreg.checks import ParamGroup, check_number
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import MASS, check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.options import Options
@@ -136,7 +136,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
         }
         super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("momentum", group["momentum"], read_device=read_device)
         dampening = group["dampening"]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fusedreg.contract import UpdateRule
 from fusedreg.dist import is_sharded_alike, local
 from fusedreg.formats import Format, Plain
 from fusedreg.kernels.contract import Backend
-from fusedreg.types import Settings, UpdateRule
+from fusedreg.types import Settings
 
 FLOOR = (3, 3)
 """The oldest triton that compiles and interprets the kernels."""

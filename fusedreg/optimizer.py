@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -20,20 +21,26 @@ from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
+from typing_extensions import Unpack
 
 from fusedreg import backend, checkpoint, dist
 from fusedreg.checks import (
-    L1_MODES,
-    check_flags,
     check_keys,
-    check_lr_independent_decay,
     check_number,
     check_param,
-    check_state_dtype,
+    misspelt,
 )
 from fusedreg.dist import Group, ProcessGroup
 from fusedreg.formats import Format, Plain, planes_of
-from fusedreg.penalties import L1, L2, Penalty
+from fusedreg.options import (
+    Option,
+    StepOptions,
+    TorchOptions,
+    complete_signature,
+    declarations,
+    nearest,
+)
+from fusedreg.penalties import L1, L2, L1Options, L2Options, Penalty
 from fusedreg.scalars import Count, Number, pair, settled
 from fusedreg.stepper import (
     NOTHING,
@@ -44,15 +51,15 @@ from fusedreg.stepper import (
     home,
     params_of,
 )
-from fusedreg.types import Settings, State, Update
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 
 @dataclass
-class Own:
-    """What belongs to the optimizer and not to a param group.
+class OptimizerOptions:
+    """Options that belong to the optimizer and not to a param group, and what its steps report.
 
-    One object of the instance, because a wrapper may share the class and forward what it lacks, as
-    Lightning's do: its properties then read and write what is the optimizer's.
+    All in one object, because a wrapper may share the class and forward the attributes that it
+    lacks, as Lightning's wrappers do. Its properties then read and write those of the optimizer.
     """
 
     max_grad_norm: float | None = None
@@ -61,25 +68,16 @@ class Own:
     outcome: Outcome = NOTHING
     """Of the last step."""
     warned: set[str] = field(default_factory=set)
-    """Keys of groups that look like a misspelt option and were named once."""
+    """Keys of groups that look like a misspelt option and that there was a warning of."""
 
 
-OPTIONS: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "decoupled_weight_decay": False,
-    "lr_independent_decay": False,
-    "decay_lr": None,
-    "l1": 0.0,
-    "l1_mode": "prox",
-    "maximize": False,
-    "foreach": None,
-    "fused": None,
-    "differentiable": False,
-    "state_dtype": None,
-}
-"""Options of every param group, with the defaults of a class that does not say otherwise."""
-OWN_OPTIONS = {"max_grad_norm": None, "skip_nonfinite": False, "process_group": None}
-"""Those that belong to the optimizer, each a property of it."""
+class Options(L2Options, L1Options, StepOptions, total=False):
+    """Options that every class here has and no class of torch.optim."""
+
+
+class AllOptions(TorchOptions, StepOptions, L1Options, L2Options, total=False):
+    """All options that every class here has."""
+
 
 PLAIN = frozenset((float, int, bool, str, tuple, list, type(None), torch.dtype))
 """Types of options that stay as they are."""
@@ -128,14 +126,14 @@ class FusedOptimizer(Optimizer):
 
     Args:
         params: as every optimizer takes them.
-        defaults: `lr` and the options of the subclass, which may differ between groups.
+        defaults: `lr` and the options of the subclass, which may differ between groups. Options
+            that every class has may be among them.
         options: those that every class has, as in :class:`fusedreg.SGD`: weight_decay,
-            decoupled_weight_decay, lr_independent_decay, l1, l1_mode, maximize, foreach, fused,
-            differentiable, state_dtype, max_grad_norm, skip_nonfinite and process_group. They may
-            stand in `defaults` too.
+            decoupled_weight_decay, lr_independent_decay, decay_lr, l1, l1_mode, maximize, foreach,
+            fused, differentiable, state_dtype, max_grad_norm, skip_nonfinite and process_group.
 
     Raises:
-        TypeError: there is no such option.
+        TypeError: there is no such option, or a name in `defaults` is a misspelt one.
         ValueError: an option is out of range.
     """
 
@@ -149,11 +147,15 @@ class FusedOptimizer(Optimizer):
     """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
     device_options: tuple[str, ...] = ()
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
-    fixed_options: Mapping[str, Any] = MappingProxyType({})
+    option_sets: ClassVar[tuple[type, ...]] = (TorchOptions, StepOptions)
+    """TypedDicts that declare options, except those of penalties, `lr` and the rule's own."""
+    option_defaults: Mapping[str, object] = MappingProxyType({})
+    """Defaults of this class for declared options; the others have those of their declaration."""
+    fixed_options: Mapping[str, object] = MappingProxyType({})
     """Options that every group has, whatever a checkpoint of another class says."""
-    neutral_options: Mapping[str, Any] = MappingProxyType(OPTIONS)
-    """Options that every class has, with values that have no effect."""
-    own_options = frozenset(OWN_OPTIONS)
+    declared_options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
+    """All of `option_sets` and of `penalties`, by name."""
+    own_options: frozenset[str] = frozenset()
     """Options that belong to the optimizer, so that no group may have them."""
     penalties: tuple[Penalty, ...] = (L1(), L2())
     """What a step adds to the rule, in this order at each stage; see penalties/base.py."""
@@ -176,32 +178,27 @@ class FusedOptimizer(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        defaults: Mapping[str, Any],
-        **options: Any,
+        defaults: Mapping[str, object],
+        **options: Unpack[AllOptions],
     ) -> None:
-        who = type(self).__name__
-        for name in options.keys() - OPTIONS.keys() - OWN_OPTIONS.keys():
-            raise TypeError(f"{who}.__init__() got an unexpected keyword argument {name!r}")
-        defaults = {**OPTIONS, **OWN_OPTIONS, **defaults, **options}
-        own = {name: defaults.pop(name) for name in OWN_OPTIONS}
-        for name in ("lr", *self.device_options):
-            if name not in defaults:
-                raise TypeError(f"{who} has no option {name!r} among its defaults")
-        self._own = Own()
-        for name, value in own.items():
-            setattr(self, name, value)
+        self._check_names(defaults, options)
+        values = {**self._class_defaults(), **defaults, **options}
+        self._own = OptimizerOptions()
+        for name in self.own_options:
+            setattr(self, name, values.pop(name))
         self._splitter = dist.constructing_splitter()
         self._stepper = Stepper()
-        self.defaults = {name: settled(value) for name, value in defaults.items()}
+        self.defaults = {name: settled(value) for name, value in values.items()}
         self.validate({**self.defaults}, read_device=True)
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
         if self._wishes().norm:
             spreads = map(dist.spread_of, params_of(self.param_groups))
             check_norm_is_global(spreads, self._splitter, self.process_group)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise where kernels would not run what a subclass says."""
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Complete the signature, and raise if kernels would run another rule than `update`."""
         super().__init_subclass__(**kwargs)
+        cls._declare_options()
         owner = {
             name: next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
             for name in ("update", "device_rule")
@@ -212,6 +209,45 @@ class FusedOptimizer(Optimizer):
                 "run the rule that it inherits: return the Rule that computes the same from "
                 "device_rule, or None for the reference path"
             )
+
+    @classmethod
+    def _declare_options(cls) -> None:
+        """Gather all options, also those of penalties; show them in the constructor's signature."""
+        sets = (*cls.option_sets, *(penalty.options for penalty in cls.penalties))
+        cls.declared_options = MappingProxyType(declarations(*sets))
+        options = cls.declared_options.items()
+        cls.own_options = frozenset(name for name, option in options if not option.of_group)
+        changed = {**cls.option_defaults, **cls.fixed_options}
+        complete_signature(cls, changed, sets)
+
+    @classmethod
+    def _class_defaults(cls) -> dict[str, object]:
+        """The values of declared options where the constructor is given none."""
+        declared = {name: option.default for name, option in cls.declared_options.items()}
+        return {**declared, **cls.option_defaults, **cls.fixed_options}
+
+    @classmethod
+    def _check_names(cls, defaults: Mapping[str, object], options: Mapping[str, object]) -> None:
+        """Raise TypeError for a name that is no option, or if one that is needed is missing."""
+        who, declared = cls.__name__, cls.declared_options
+        parameters = inspect.signature(cls).parameters
+        for name in options:
+            if name not in declared:
+                raise TypeError(
+                    f"{who}.__init__() got an unexpected keyword argument {name!r}"
+                    f"{nearest(name, parameters)}"
+                )
+        for name in defaults:
+            own = name in parameters or name in ("lr", *cls.device_options)
+            near = misspelt(name, declared)
+            if near is not None and not own and name not in declared:
+                raise TypeError(
+                    f"{who} has no option {name!r}, which is among its defaults. "
+                    f"Did you mean {near!r}?"
+                )
+        for name in ("lr", *cls.device_options):
+            if name not in declared and name not in defaults and name not in options:
+                raise TypeError(f"{who} has no option {name!r} among its defaults")
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
@@ -227,7 +263,7 @@ class FusedOptimizer(Optimizer):
 
     # ---- the contract: a subclass overrides the last two, and the others where they differ -------
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Raise ValueError where an option of this class is out of range.
 
         Args:
@@ -471,42 +507,53 @@ class FusedOptimizer(Optimizer):
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
-    def validate(self, group: dict[str, Any], read_device: bool = False) -> None:
-        """Raise where an option is out of range; make plain what is a number or a pair."""
+    def validate(self, group: ParamGroup, read_device: bool = False, new: bool = False) -> None:
+        """Raise if an option is out of range; make numbers and pairs plain ones.
+
+        Args:
+            group: the options.
+            read_device: whether numbers on an accelerator may be read, which waits for it.
+            new: whether a user has just passed the group, so that a misspelt option is an error.
+        """
         own = {name: getattr(self, name) for name in self.own_options}
-        check_keys(group, self.defaults, own, self._own.warned)
+        check_keys(group, self.defaults, own, self._own.warned, new=new)
         for name, default in self.defaults.items():
             if type(group[name]) not in PLAIN:  # an array, say, which a schedule made
                 of = pair if isinstance(default, tuple) else settled
                 group[name] = of(group[name])
-        if group["decay_lr"] is None:
-            group["decay_lr"] = _copy_of(group["lr"])
-        check_flags(group)
+        self._copy_options(group)
         check_number("lr", group["lr"], read_device=read_device)
-        check_number("weight_decay", group["weight_decay"], read_device=read_device)
-        check_number("l1", group["l1"], below=float("inf"), read_device=read_device)
-        if group["l1_mode"] not in L1_MODES:
-            raise ValueError(
-                f"Invalid l1_mode value: {group['l1_mode']!r} (expected one of {L1_MODES})"
-            )
-        check_state_dtype(group["state_dtype"])
-        check_lr_independent_decay(group, read_device)
+        for name, option in self.declared_options.items():
+            if option.check is not None:
+                option.check(group, name, read_device)
         self.check_group(group, read_device)
 
-    def _make_pairs(self, group: dict[str, Any]) -> None:
+    def _copy_options(self, group: ParamGroup) -> None:
+        """Replace None in options that are then a copy of another one."""
+        for name, option in self.declared_options.items():
+            if option.copied_from is not None and group[name] is None:
+                value = group[option.copied_from]  # may be a tensor that is written into later
+                group[name] = value.detach().clone() if isinstance(value, Tensor) else value
+
+    def _make_pairs(self, group: ParamGroup) -> None:
         """Make tuples of pairs: a list would have to be read in every step, as it may change."""
         for name, default in self.defaults.items():
             if isinstance(default, tuple) and name in group:
                 group[name] = pair(group[name])
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as torch does; options it lacks take the constructor's values."""
         super().add_param_group(param_group)
         try:
             self._make_pairs(param_group)
-            self.validate(param_group, read_device=True)
+            self.validate(param_group, read_device=True, new=True)
             for index in range(len(param_group["params"])):
-                check_param(self.penalties, self.param_groups, len(self.param_groups) - 1, index)
+                check_param(
+                    [penalty.check_param for penalty in self.penalties],
+                    self.param_groups,
+                    len(self.param_groups) - 1,
+                    index,
+                )
         except Exception:  # whatever it was, the group must not stay
             self.param_groups.pop()
             raise
@@ -549,12 +596,12 @@ class FusedOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         checkpoint.check_keys(state_dict)
         groups = checkpoint.merge_groups(self.param_groups, state_dict["param_groups"])
-        checkpoint.check_states(state_dict, type(self))
+        checkpoint.check_states(state_dict, self)
         for group in groups:
             group.update(self.fixed_options)
             self._make_pairs(group)
             self.validate(group, read_device=True)
-        state = checkpoint.restore_state(groups, state_dict, type(self))
+        state = checkpoint.restore_state(groups, state_dict, self)
         checkpoint.split_into_planes(self, groups, state)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -573,25 +620,14 @@ class FusedOptimizer(Optimizer):
         Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
         # Addresses are of this process and these tensors: a copy makes its own plan.
         self._stepper = Stepper()
-        # Of an older version, which lacked some.
-        self.defaults = {**OPTIONS, **self.defaults}
+        options = self.declared_options.items()
+        declared = {name: option.default for name, option in options if option.of_group}
+        self.defaults = {**declared, **self.defaults}  # an older version lacked some
         for group in self.param_groups:
             group.update(self.fixed_options)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            if group["decay_lr"] is None:
-                group["decay_lr"] = _copy_of(group["lr"])
+            self._copy_options(group)
 
 
-def named(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The `locals()` of a constructor as options: an argument has the name of its option."""
-    return {
-        name: value
-        for name, value in arguments.items()
-        if name not in ("self", "__class__", "params")
-    }
-
-
-def _copy_of(lr: Any) -> Any:
-    """A learning rate as it is now, whatever is written into it later."""
-    return lr.detach().clone() if isinstance(lr, Tensor) else lr
+FusedOptimizer._declare_options()

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedreg.contract import UpdateRule
 from fusedreg.formats import Format, as_real, planes_in, planes_of
 from fusedreg.scalars import Flag, Number, is_zero, number, select, wide_dtype
-from fusedreg.types import Settings, State, UpdateRule
+from fusedreg.types import Settings, State
 
 
 class Block(NamedTuple):

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fusedreg import dist
 from fusedreg.checks import check_count, check_moment
+from fusedreg.contract import UpdateRule
 from fusedreg.formats import planes_of
 from fusedreg.scalars import number
-from fusedreg.types import ParamGroup, Settings, States, UpdateRule, Work
+from fusedreg.types import ParamGroup, Settings, States, Work
 
 
 def settings_of(

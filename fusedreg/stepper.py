@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fusedreg import backend, dist, reference
 from fusedreg.checks import check_grad, check_is_fake, check_param
+from fusedreg.contract import UpdateRule
 from fusedreg.dist import ProcessGroup, Spread, local
 from fusedreg.engine.plan import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.engine.watch import Inventory
@@ -31,7 +32,7 @@ from fusedreg.norms import clip_factor, norms_by_spread
 from fusedreg.reference import Block
 from fusedreg.scalars import Flag, Number, is_traced, is_zero, number, on_host
 from fusedreg.states import create_states, settings_of
-from fusedreg.types import ParamGroup, Settings, States, UpdateRule, Work
+from fusedreg.types import ParamGroup, Settings, States, Work
 
 
 class Wishes(NamedTuple):
@@ -321,12 +322,13 @@ def check_norm_is_global(
 def _collect(rule: UpdateRule, groups: list[ParamGroup], without: Container[Tensor] = ()) -> Work:
     """The groups with those of their parameters that have a gradient; raises on bad input."""
     work = []
+    problems = [penalty.check_param for penalty in rule.penalties]
     for which, group in enumerate(groups):
         rule.validate(group)
         params: dict[Tensor, None] = {}  # each once, also one that was given twice
         for index, param in enumerate(group["params"]):
             if param.grad is not None and param not in without:
-                check_param(rule.penalties, groups, which, index)
+                check_param(problems, groups, which, index)
                 check_grad(type(rule).__name__, groups, which, index)
                 params[param] = None
         if params:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fusedreg.contract import UpdateRule
 from fusedreg.kernels.contract import FIRST_NUMBER, SLOTS, Backend, DeviceFunction, Hook
 from fusedreg.kernels.contract import Rule as DeviceRule
 from fusedreg.kernels.layout import Group, with_lr
 from fusedreg.penalties import Term
 from fusedreg.scalars import Number, is_remote, on_host
-from fusedreg.types import ParamGroup, UpdateRule
+from fusedreg.types import ParamGroup
 
 
 class Structure(NamedTuple):

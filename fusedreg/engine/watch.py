@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from fusedreg.backend import is_plain, same_layout
+from fusedreg.contract import UpdateRule
 from fusedreg.dist import is_sharded_alike, local, spread_of, where_of
 from fusedreg.engine.numbers import Lines
 from fusedreg.formats import planes_of
 from fusedreg.kernels.contract import Backend
-from fusedreg.types import ParamGroup, States, UpdateRule
+from fusedreg.types import ParamGroup, States
 
 try:
     from torch._C._dynamo.guards import TensorGuards

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_betas, check_number
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizer import FusedOptimizer, Options
 from fusedreg.optimizers.momentum import average
 from fusedreg.scalars import Count, pair
-from fusedreg.types import Settings, State, Update
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -120,20 +119,24 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
         betas = checked_betas(lr, betas, foreach_only=bool(foreach) and not capturable)
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("eps", group["eps"], read_device=read_device)
         check_betas(group["betas"], read_device=read_device)
@@ -173,7 +176,7 @@ def checked_betas(lr: object, betas: Betas, foreach_only: bool) -> Betas:
     """
     if isinstance(lr, Tensor) and foreach_only:
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-    numbers: Any = pair(betas)
+    numbers = pair(betas)
     check_betas(numbers, read_device=True)
     tensors = [isinstance(beta, Tensor) for beta in numbers]
     if any(tensors) and not all(tensors):
@@ -182,5 +185,5 @@ def checked_betas(lr: object, betas: Betas, foreach_only: bool) -> Betas:
         raise ValueError(
             "betas[0] as a Tensor is not supported for capturable=False and foreach=True"
         )
-    checked: Betas = numbers
-    return checked
+    first, second = numbers
+    return first, second

@@ -8,8 +8,7 @@ told from a step count, because schedules change the momentum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from fusedreg.dist import whole
 from fusedreg.formats import Format
 from fusedreg.scalars import Count, Number, is_zero
+from fusedreg.types import Settings
 
 MASS = Count(wide=True, least=-math.inf)
 """The momentum mass. A dampening above 1 makes it negative."""
@@ -39,12 +39,12 @@ def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
     return 2.0 * (base + factor * (half_new - half))
 
 
-def is_thresholded(group: Mapping[str, Any]) -> bool:
+def is_thresholded(group: Settings) -> bool:
     """Whether the momentum mass sets an L1 threshold in this group."""
     return group["l1_mode"] == "prox" and not is_zero(group["l1"])
 
 
-def check_mass_is_finite(group: Mapping[str, Any], *names: str) -> None:
+def check_mass_is_finite(group: Settings, *names: str) -> None:
     """Raise ValueError where the mass sets a threshold and would grow for ever.
 
     Args:
@@ -65,8 +65,8 @@ def initial_mass(
     param: Tensor,
     storage: Format,
     buffer: Sequence[Tensor] | None,
-    momentum: Any,
-    dampening: Any = 0.0,
+    momentum: Number,
+    dampening: Number = 0.0,
 ) -> Tensor:
     """A mass of 0, or its limit where there is a `buffer`, stored so, that has moved.
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
-from fusedreg.dist import ProcessGroup
 from fusedreg.formats import planes_in
-from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizer import FusedOptimizer, Options
 from fusedreg.optimizers.momentum import (
     MASS,
     average,
@@ -21,7 +20,7 @@ from fusedreg.optimizers.momentum import (
     is_thresholded,
 )
 from fusedreg.scalars import Count, Number, is_zero
-from fusedreg.types import Settings, State, Update
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -120,19 +119,24 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("eps", group["eps"], read_device=read_device)
         check_number("momentum", group["momentum"], read_device=read_device)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
-from fusedreg.dist import ProcessGroup
 from fusedreg.formats import planes_in
-from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizer import FusedOptimizer, Options
 from fusedreg.optimizers.momentum import MASS, check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.scalars import Flag, Number, is_zero
-from fusedreg.types import Settings, State, Update
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a property
@@ -121,19 +121,22 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("momentum", group["momentum"], read_device=read_device)
         dampening = group["dampening"]

@@ -16,17 +16,19 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from fusedreg.kernels.contract import DeviceFunction, Stage
 from fusedreg.scalars import Number
+from fusedreg.types import Settings
 
-Settings = Mapping[str, Any]
-"""A param group without its parameters, each number where the arithmetic needs it."""
+
+class NoOptions(TypedDict):
+    """Of a penalty that has none."""
 
 
 class Term(NamedTuple):
@@ -41,6 +43,9 @@ class Term(NamedTuple):
 
 class Penalty:
     """Base class: a penalty that does nothing."""
+
+    options: ClassVar[type] = NoOptions
+    """A TypedDict that declares its options; see options.py."""
 
     def check_param(self, group: Settings, param: Tensor) -> str | None:
         """Why a parameter cannot be in this group, None where it can."""

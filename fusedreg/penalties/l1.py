@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from fusedreg.checks import check_finite
 from fusedreg.kernels.contract import Stage
-from fusedreg.penalties.base import Penalty, Settings, Term
+from fusedreg.options import Option
+from fusedreg.penalties.base import Penalty, Term
 from fusedreg.penalty import soft_threshold, subgradient, value
 from fusedreg.scalars import Number, is_zero
+from fusedreg.types import ParamGroup, Settings
 
 TERMS: dict[str, tuple[Stage, str]] = {
     "prox": ("prox", "l1_prox"),
     "decoupled": ("prox", "l1_shrink"),
     "subgradient": ("gradient", "l1_subgradient"),
 }
+
+
+def check_l1_mode(group: ParamGroup, name: str, _: bool) -> None:
+    """Raise unless there is such a way to penalise."""
+    if group[name] not in TERMS:
+        raise ValueError(f"Invalid {name} value: {group[name]!r} (expected one of {(*TERMS,)})")
+
+
+class L1Options(TypedDict, total=False):
+    """The L1 penalty."""
+
+    l1: Annotated[float | Tensor, Option(0.0, check_finite)]
+    l1_mode: Annotated[Literal["prox", "decoupled", "subgradient"], Option("prox", check_l1_mode)]
 
 
 class L1(Penalty):
@@ -26,6 +43,8 @@ class L1(Penalty):
     point minimises loss + penalty; "decoupled" that of rate alone; "subgradient" adds l1 * sign(w)
     to the gradient.
     """
+
+    options = L1Options
 
     def check_param(self, group: Settings, param: Tensor) -> str | None:
         """A complex parameter is stepped as pairs of reals."""

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated, TypedDict
 
 from torch import Tensor
 
-from fusedreg.penalties.base import Penalty, Settings, Term
+from fusedreg.checks import check_number
+from fusedreg.options import Option
+from fusedreg.penalties.base import Penalty, Term
 from fusedreg.penalty import value
-from fusedreg.scalars import Number, is_zero, wide
+from fusedreg.scalars import Number, is_zero, on_host, wide
+from fusedreg.types import ParamGroup, Settings
+
+
+def check_lr_independent_decay(group: ParamGroup, name: str, read_device: bool) -> None:
+    """Raise where the decay is asked to leave out lr and cannot, or decay_lr is out of range."""
+    decay_lr = group[name]
+    check_number(name, decay_lr, read_device=read_device)
+    if not group["lr_independent_decay"]:
+        return
+    if not group["decoupled_weight_decay"]:
+        raise ValueError(
+            "lr_independent_decay=True needs decoupled_weight_decay=True: a coupled decay is part "
+            "of the gradient, and what lr does to that it does to the decay"
+        )
+    if (not isinstance(decay_lr, Tensor) or read_device or on_host(decay_lr)) and decay_lr == 0:
+        raise ValueError(
+            "Invalid decay_lr value: 0 (with lr_independent_decay=True a step decays by "
+            "weight_decay * lr / decay_lr, where decay_lr is the lr that the group was added with: "
+            "add it with the largest of its schedule)"
+        )
+
+
+class L2Options(TypedDict, total=False):
+    """How the weights decay."""
+
+    decoupled_weight_decay: Annotated[bool, Option(False)]
+    lr_independent_decay: Annotated[bool, Option(False)]
+    decay_lr: Annotated[
+        float | Tensor | None,
+        Option(None, check_lr_independent_decay, copied_from="lr", needs="lr_independent_decay"),
+    ]
 
 
 class L2(Penalty):
@@ -17,6 +51,8 @@ class L2(Penalty):
     The former is what scikit-learn calls ridge. The latter multiplies w by 1 - rate * weight_decay,
     or with `lr_independent_decay` by 1 - rate * weight_decay / decay_lr.
     """
+
+    options = L2Options
 
     def terms(self, group: Settings) -> Iterable[Term]:
         """One hook, on the gradient or on the parameter."""

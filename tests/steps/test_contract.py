@@ -70,7 +70,7 @@ def nadam(g, states, scalars):
     return tl.where(d == 0.0, 0.0, direction), gain, (m, v)
 
 
-class NAdam(fusedreg.FusedOptimizer):
+class OwnNAdam(fusedreg.FusedOptimizer):
     tensor_states = ("exp_avg", "exp_avg_sq")
     counts = MappingProxyType({"step": Count(), "mu_product": Count(1.0, wide=True)})
     device_options = ("betas", "eps", "momentum_decay")
@@ -134,7 +134,7 @@ def adadelta(g, states, scalars):
     return direction, gain, (square, rho * states[1] + rest * direction * direction)
 
 
-class Adadelta(fusedreg.FusedOptimizer):
+class OwnAdadelta(fusedreg.FusedOptimizer):
     tensor_states = ("square_avg", "acc_delta")
     counts = MappingProxyType({"step": Count()})
     device_options = ("rho", "eps")
@@ -180,10 +180,10 @@ class Own(NamedTuple):
 OWN = {
     # Betas of which few steps show the corrections, and rates at which a misplaced factor shows.
     "nadam": Own(
-        NAdam, torch.optim.NAdam, {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3}, nadam_formula
+        OwnNAdam, torch.optim.NAdam, {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-3}, nadam_formula
     ),
     "adadelta": Own(
-        Adadelta, torch.optim.Adadelta, {"lr": 0.5, "rho": 0.8, "eps": 1e-2}, adadelta_formula
+        OwnAdadelta, torch.optim.Adadelta, {"lr": 0.5, "rho": 0.8, "eps": 1e-2}, adadelta_formula
     ),
 }
 BACKENDS = {"reference": "reference", "device": "reference", "fused": "triton"}
@@ -224,7 +224,7 @@ def test_steps_as_torch_and_as_the_formula(
     # torch keeps the product in float32, whose ulp is then that of the direction.
     in_float32 = {"atol": 5 * ULPS * 2.0**-23 * 0.05, "rtol": 0}
     for param, other in zip(params, others, strict=True):
-        if own.cls is NAdam and dtype == torch.float64:
+        if own.cls is OwnNAdam and dtype == torch.float64:
             torch.testing.assert_close(param, other, **in_float32)
         else:
             assert_close([param], [other], ulps=5 * 2 * ULPS)

@@ -180,7 +180,11 @@ class Stepper:
             raise RuntimeError(NOT_BEFORE_CAPTURE)
         # Those without a gradient too, if they have begun: an option that was turned on may need
         # more of their state.
-        idle = {p for p in candidates if p.grad is None and states.get(p)}
+        idle = {
+            param
+            for param, index in candidates.items()
+            if param.grad is None and _has_begun(rule, groups[index], param, states.get(param, {}))
+        }
         waiting = [(group, [p for p in group["params"] if p in idle]) for group in groups]
         create_states(rule, states, work + waiting)
         chosen = {
@@ -334,6 +338,12 @@ def _collect(rule: UpdateRule, groups: list[ParamGroup], without: Container[Tens
         if params:
             work.append((group, list(params)))
     return work
+
+
+def _has_begun(rule: UpdateRule, group: Settings, param: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether a state has more than what a user put there."""
+    planes = planes_of(rule.state_format(group, param), rule.tensor_states)
+    return not state.keys().isdisjoint((*planes, *rule.counts))
 
 
 def _states_are_walkable(

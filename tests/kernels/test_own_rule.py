@@ -166,11 +166,10 @@ def own(path: str, **members: Any) -> Any:
         ("adamm", ValueError, "Invalid device rule: 'adamm'"),
         (("adam", "adam", 2), TypeError, "expected a Rule of two @triton.jit functions"),
         (RULES["adam"], ValueError, "unpack"),
-        (RULES["adagrad"]._replace(width=99), ValueError, "a row has place for"),
         (RULES["adagrad"]._replace(width=1), ValueError, "returns 2 scalars, but the width"),
         (RULES["adagrad"]._replace(tile=RULES["adam"].tile), IndexError, "out of range"),
     ],
-    ids=["name", "kind", "options", "too wide", "width", "states"],
+    ids=["name", "kind", "options", "width", "states"],
 )
 def test_a_wrong_rule_is_refused_before_anything_changes(
     rule: Any, error: type[Exception], words: str

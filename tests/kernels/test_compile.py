@@ -14,7 +14,7 @@ import fusedreg
 from fusedreg.kernels.gpu.backend import LAUNCH_OPTIONS, block_of
 
 import compiled
-from cases import CASES, DTYPES, KERNEL_CASES, SOME, Case, by_id
+from cases import CASES, DTYPES, KERNEL_CASES, SOME, Case, by_id, each_case
 from compiled import TARGETS, Binary
 
 BY_ID = {case.id: case for case in CASES}
@@ -176,9 +176,7 @@ def test_any_penalty_in_both_kernels_of_a_layerwise_step(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case", **by_id([c for c in SOME if c.cls in (fusedreg.SGD, fusedreg.LAMB)])
-)
+@each_case([c for c in SOME if c.cls in (fusedreg.SGD, fusedreg.LAMB)])
 def test_step_without_clipping(binaries: Compile, case: Case, dtype: torch.dtype) -> None:
     kernels = binaries(case, dtype, "sm_90", max_grad_norm=None)
     check(kernels, case, dtype, "sm_90", norm=False)
@@ -241,18 +239,20 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
         "adam-none", "rows", "rules", "tl.exp(exponent * tl.log(base))", "tl.exp(exponent)"
     ),
     "coupled": (
-        "adam-decay", "step", "penalty", "0.0, g, g + weight_decay * w)", "0.0, g, g - w)"
+        "adam-decay", "step", "penalties", "0.0, g, g + weight_decay * w)", "0.0, g, g - w)"
     ),
-    "decoupled": ("adamw-decay", "step", "penalty", "1.0, w, w * keep)", "1.0, w, w + keep)"),
+    "decoupled": ("adamw-decay", "step", "penalties", "1.0, w, w * keep)", "1.0, w, w + keep)"),
     "subgradient": (
-        "adam-l1_subgradient", "step", "penalty", "0.0, g, g + l1 * sign)", "0.0, g, g - l1 * sign)"
+        "adam-l1_subgradient", "step", "penalties",
+        "0.0, g, g + l1 * sign)", "0.0, g, g - l1 * sign)",
     ),
     "prox": (
-        "adam-l1_prox", "step", "penalty", "(w, threshold * gain)", "(w, threshold + gain)"
+        "adam-l1_prox", "step", "penalties", "(w, threshold * gain)", "(w, threshold + gain)"
     ),
-    "called by prox": ("adam-l1_prox", "step", "penalty", "w + threshold", "w - threshold"),
+    "called by prox": ("adam-l1_prox", "step", "penalties", "w + threshold", "w - threshold"),
     "shrink": (
-        "adam-l1_decoupled", "step", "penalty", "w, soft_threshold(w, threshold))", "w, threshold)"
+        "adam-l1_decoupled", "step", "penalties",
+        "w, soft_threshold(w, threshold))", "w, threshold)",
     ),
 }  # fmt: skip
 

@@ -185,13 +185,12 @@ def hashes_of_own(old: str, new: str) -> dict[str, str]:
 @contextmanager
 def _edited(edit: tuple[str, str, str] | None) -> Iterator[None]:
     """Take rules and penalties from copies of their files, one of them edited."""
-    from fusedreg.kernels.device import penalties as penalty
-    from fusedreg.kernels.device import rules
+    from fusedreg.kernels.device import penalties, rules
     from fusedreg.kernels.gpu import backend as launch
 
     copies = {}
     with tempfile.TemporaryDirectory() as folder:
-        for module in (rules, penalty):
+        for module in (rules, penalties):
             name = module.__name__.rpartition(".")[2]
             source = inspect.getsource(module)
             if edit is not None and edit[0] == name:
@@ -201,7 +200,7 @@ def _edited(edit: tuple[str, str, str] | None) -> Iterator[None]:
         before = launch.known, launch.trust_ratio, launch.penalty
         edited = copies["rules"]
         launch.known, launch.trust_ratio = edited.known, edited.trust_ratio
-        launch.penalty = copies["penalty"]
+        launch.penalty = copies["penalties"]
         try:
             yield
         finally:

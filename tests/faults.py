@@ -156,11 +156,11 @@ def first_failure(folder: Path, tests: str, selection: tuple[str, ...]) -> str |
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--benchmark-disable", "--tb=no"]
     command += ["-p", "no:cacheprovider", *selection]
     words = tests.split()
-    files = [f"tests/{word}" if "test" in word or "/" in word else word for word in words]
+    words = [f"tests/{word}" if (ROOT / "tests" / word).exists() else word for word in words]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            [*command, *files],
+            [*command, *words],
             cwd=folder,
             env=environment,
             capture_output=True,
@@ -174,7 +174,9 @@ def first_failure(folder: Path, tests: str, selection: tuple[str, ...]) -> str |
     if done.returncode == 1 and failed:
         return failed[0].split(" - ")[0].removeprefix("FAILED tests/").rpartition("/")[2]
     if done.returncode != 0:  # nothing was imported or collected, which no test can be praised for
-        raise RuntimeError(f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}")
+        raise RuntimeError(
+            f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     return None
 
 

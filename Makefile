@@ -7,7 +7,7 @@ INTEGRATION := .venv-integration
 # The environment of the wheel has nothing but the wheel, so that it finds what the wheel forgot.
 WHEEL_PYTHON := .venv-wheel/bin/python
 
-.PHONY: check demo test fuzz test-integration test-triton bench docs figures lint types wheel clean
+.PHONY: check demo test test-all faults fuzz test-integration test-triton bench docs figures lint types wheel clean
 
 check: $(READY)  ## whether every optimizer is right on this machine, and which path runs
 	$(BIN)/fusedreg check
@@ -15,8 +15,14 @@ check: $(READY)  ## whether every optimizer is right on this machine, and which 
 demo: $(READY)  ## train on real data, compare with scikit-learn and torch.optim, draw the figures
 	$(BIN)/fusedreg demo
 
-test: $(READY)  ## the whole suite with branch coverage
-	$(BIN)/pytest -n 2 --benchmark-disable --cov
+test: $(READY)  ## what every change runs, in at most 5 minutes, with branch coverage
+	$(BIN)/pytest -n 2 --benchmark-disable -m "not slow" --cov
+
+test-all: $(READY)  ## every test, or those of TESTS='-m slow'
+	$(BIN)/pytest -n 2 --benchmark-disable $(TESTS)
+
+faults: $(READY)  ## plant faults one by one, and see which tests catch them
+	$(BIN)/python tests/faults.py $(FAULTS)
 
 fuzz: $(READY)  ## random programs around the optimizers, in other ones than the suite's
 	$(BIN)/python tests/lib/stateful.py $(FUZZ)

@@ -40,6 +40,7 @@ from cases import (
     TORCH_CLASSES,
     Case,
     by_id,
+    each_case,
     parameters,
     run,
     set_grads,
@@ -61,7 +62,7 @@ def assert_continues(optimizer: Any, resumed: Any) -> None:
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_low_precision_run_resumes_from_a_file(
     case: Case, state_dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
@@ -165,7 +166,7 @@ STATEFUL = [case for case in KERNEL_CASES if case.make(parameters()).states(case
 
 @pytest.mark.usefixtures("_process_group")
 @ways
-@pytest.mark.parametrize("case", **by_id(STATEFUL))
+@each_case(STATEFUL)
 def test_run_resumes_from_a_distributed_checkpoint(
     case: Case, way: StateDictOptions, tmp_path: Path
 ) -> None:
@@ -217,7 +218,7 @@ def load(way: StateDictOptions, file: Path, model: nn.Module, optimizer: Any) ->
 
 @pytest.mark.usefixtures("_process_group")
 @ways
-@pytest.mark.parametrize("case", **by_id(SHARED))
+@each_case(SHARED)
 def test_distributed_checkpoint_of_torch_goes_on_here(
     case: Case, way: StateDictOptions, tmp_path: Path
 ) -> None:
@@ -248,7 +249,7 @@ SAME_STATES = [
 @pytest.mark.usefixtures("_process_group")
 @pytest.mark.parametrize("way", [way for way in WAYS if "flat" not in way])
 @pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("case", **by_id(SAME_STATES))
+@each_case(SAME_STATES)
 def test_distributed_checkpoint_of_torch_is_read_where_no_option_is_ours(
     case: Case, way: str, begun: bool, tmp_path: Path
 ) -> None:
@@ -270,7 +271,7 @@ def test_distributed_checkpoint_of_torch_is_read_where_no_option_is_ours(
 
 @pytest.mark.usefixtures("_process_group")
 @ways
-@pytest.mark.parametrize("case", **by_id(SHARED))
+@each_case(SHARED)
 def test_distributed_checkpoint_goes_on_in_torch(
     case: Case, way: StateDictOptions, tmp_path: Path
 ) -> None:
@@ -291,7 +292,7 @@ def test_distributed_checkpoint_goes_on_in_torch(
 
 @pytest.mark.usefixtures("_process_group")
 @pytest.mark.parametrize("way", ["nested", "flattened"])
-@pytest.mark.parametrize("case", **by_id(SHARED))
+@each_case(SHARED)
 def test_distributed_checkpoint_of_torch_is_not_read_without_its_missing_options(
     case: Case, way: str, tmp_path: Path
 ) -> None:
@@ -327,7 +328,7 @@ def test_saved_options_win_in_a_distributed_checkpoint(
 
 
 @ways
-@pytest.mark.parametrize("case", **by_id(KERNEL_CASES))
+@each_case(KERNEL_CASES)
 def test_asking_for_the_state_before_training_changes_nothing(
     case: Case, way: StateDictOptions
 ) -> None:

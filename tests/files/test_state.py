@@ -27,7 +27,7 @@ from cases import (
     SOME,
     TORCH_CASES,
     Case,
-    by_id,
+    each_case,
     parameters,
     run,
     set_grads,
@@ -61,7 +61,7 @@ def assert_continues(optimizer: Any, resumed: Any, steps: int = 2) -> None:
 # ---- state_dict --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_loaded_run_equals_uninterrupted_run(case: Case, path: str) -> None:
     optimizer = case.make(parameters(shapes=SHAPES), path, max_grad_norm=1.0)
     run(optimizer, 2)
@@ -92,7 +92,7 @@ def test_own_settings_win_over_the_constructor_but_flags_do_not(
     assert_continues(optimizer, resumed)
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_state_dict_holds_what_checkpoint_tools_can_take(case: Case) -> None:
     optimizer = case.make(parameters(shapes=SHAPES), max_grad_norm=1.0, skip_nonfinite=True)
     run(optimizer, 1)
@@ -108,7 +108,7 @@ def test_state_dict_holds_what_checkpoint_tools_can_take(case: Case) -> None:
         assert all(state[name] is optimizer.state[param][name] for name in state)  # live, as torch
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_own_state_exists_only_where_it_is_used(case: Case, path: str) -> None:
     optimizer = case.make(parameters(shapes=SHAPES), path)
     run(optimizer, 2)
@@ -129,7 +129,7 @@ def test_own_state_exists_only_where_it_is_used(case: Case, path: str) -> None:
 # ---- torch's checkpoints -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@each_case(TORCH_CASES)
 def test_training_goes_on_from_torch_and_back_in_torch(case: Case, path: str) -> None:
     only_torch = case.torch_cls(parameters(shapes=SHAPES), **case.torch_kwargs, foreach=False)
     run(only_torch, 6)
@@ -152,7 +152,7 @@ def test_training_goes_on_from_torch_and_back_in_torch(case: Case, path: str) ->
         assert_close(one.values(), [other[name] for name in one], ulps=4)
 
 
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@each_case(TORCH_CASES)
 def test_options_missing_in_a_torch_file_keep_their_values(case: Case) -> None:
     theirs = case.torch_cls(parameters(), **case.torch_kwargs)
     run(theirs, 1)
@@ -172,7 +172,7 @@ def test_adamw_stays_adamw_and_adam_stays_adam(options: dict[str, bool]) -> None
     assert adamw.param_groups[0]["decoupled_weight_decay"] is True
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_older_files_load(case: Case, path: str) -> None:
     """Before torch 1.12 a step count was a number; group options were added one by one."""
     optimizer = case.make(parameters(shapes=SHAPES), path)
@@ -345,7 +345,7 @@ def test_named_parameters_load_by_position(names_in: str, path: str) -> None:
     assert_continues(source, resumed)
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_distributed_checkpoint_round_trip(case: Case) -> None:
     """Through names instead of numbers, into an optimizer that has not stepped yet."""
 
@@ -377,7 +377,7 @@ def pickled(optimizer: Any) -> Any:
     return pickle.loads(pickle.dumps(optimizer))
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_a_copy_continues_identically(case: Case, path: str) -> None:
     optimizer = case.make(parameters(shapes=SHAPES), path, max_grad_norm=0.5, skip_nonfinite=True)
     run(optimizer, 1)
@@ -440,7 +440,7 @@ def test_a_pickle_that_lacks_group_options_is_filled_up() -> None:
 LATER = [case for case in CASES if case.rule != PLAIN[case.cls].rule]
 
 
-@pytest.mark.parametrize("case", **by_id(LATER))
+@each_case(LATER)
 def test_options_may_be_turned_on_later(case: Case, path: str) -> None:
     """What they need begins at 0, and SGD's momentum as at its own first step."""
     optimizer = PLAIN[case.cls].make(parameters(shapes=SHAPES), path)

@@ -14,7 +14,7 @@ import fusedreg
 from fusedreg.kernels.gpu.backend import LAUNCH_OPTIONS, block_of
 
 import compiled
-from cases import CASES, DTYPES, KERNEL_CASES, SOME, Case, by_id
+from cases import CASES, DTYPES, KERNEL_CASES, SOME, Case, by_id, each_case
 from compiled import TARGETS, Binary
 
 BY_ID = {case.id: case for case in CASES}
@@ -176,9 +176,7 @@ def test_any_penalty_in_both_kernels_of_a_layerwise_step(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case", **by_id([c for c in SOME if c.cls in (fusedreg.SGD, fusedreg.LAMB)])
-)
+@each_case([c for c in SOME if c.cls in (fusedreg.SGD, fusedreg.LAMB)])
 def test_step_without_clipping(binaries: Compile, case: Case, dtype: torch.dtype) -> None:
     kernels = binaries(case, dtype, "sm_90", max_grad_norm=None)
     check(kernels, case, dtype, "sm_90", norm=False)

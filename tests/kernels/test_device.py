@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedreg
 
-from cases import CASES, Case, by_id, parameters, set_grads
+from cases import CASES, Case, each_case, parameters, set_grads
 
 
 class NoHostRead(TorchDispatchMode):
@@ -19,8 +19,7 @@ class NoHostRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("path", ["device"], indirect=True)
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, paths=("device",))
 def test_step_never_waits_for_the_device(case: Case, path: str) -> None:
     params = parameters()
     lr = torch.tensor(case.kwargs["lr"])

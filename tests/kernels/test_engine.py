@@ -24,7 +24,7 @@ import fusedreg
 from fusedreg import backend
 from fusedreg.engine import plan as engine
 
-from cases import PATHS, SOME, Case, by_id, parameters, run, set_grads, tensors, ulp
+from cases import PATHS, SOME, Case, by_id, each_case, parameters, run, set_grads, tensors, ulp
 from compare import assert_close, assert_steps_agree, frozen, pair, parameters_of, results
 
 CPU = torch.device("cpu")
@@ -226,7 +226,7 @@ def test_gradient_of_another_dtype(grad_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_state_dtype_is_that_of_the_moments(case: Case, dtype: torch.dtype, path: str) -> None:
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
     params = parameters(dtype=dtype, shapes=[(5,), (3, 0), (1030,)])

@@ -22,7 +22,18 @@ import fusedreg
 from fusedreg import backend
 from fusedreg.scalars import Count
 
-from cases import KERNEL_CASES, SOME, Case, by_id, parameters, program, run, set_grads, tensors
+from cases import (
+    KERNEL_CASES,
+    SOME,
+    Case,
+    by_id,
+    each_case,
+    parameters,
+    program,
+    run,
+    set_grads,
+    tensors,
+)
 from compare import assert_close, frozen, parameters_of, results
 
 loops: Any = importlib.import_module("fusedreg.kernels.cpu.loops")
@@ -43,7 +54,7 @@ SIZES = [0, 1, 15, 17, 63, 65, loops.CHUNK - 1, loops.CHUNK, loops.CHUNK + 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-@pytest.mark.parametrize("case", **by_id(KERNEL_CASES))
+@each_case(KERNEL_CASES)
 def test_both_compilers_make_the_same_of_a_rule(case: Case, dtype: torch.dtype) -> None:
     """To the last bit, but for beta**t and norms, of which float32 does not see the last bits."""
     optimizers = [case.make(parameters(dtype=dtype), path) for path in ("default", "fused")]
@@ -360,7 +371,7 @@ def test_a_cpu_needs_no_triton() -> None:
 # ---- what is compiled ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(KERNEL_CASES))
+@each_case(KERNEL_CASES)
 def test_steps_are_vectorised_and_never_contracted(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import fusedreg
 
-from cases import KERNEL_CASES, PATHS, SOME, Case, by_id, parameters, run, set_grads, tensors
+from cases import KERNEL_CASES, PATHS, SOME, Case, each_case, parameters, run, set_grads, tensors
 from compare import assert_close, assert_steps_agree, frozen, pair, parameters_of
 
 
@@ -95,7 +95,7 @@ EVENTFUL = (fusedreg.SGD, fusedreg.Adam, fusedreg.RMSprop, fusedreg.LAMB)
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-@pytest.mark.parametrize("case", **by_id([case for case in SOME if case.cls in EVENTFUL]))
+@each_case([case for case in SOME if case.cls in EVENTFUL])
 def test_no_step_uses_what_is_no_longer_there(case: Case, event: Any) -> None:
     """In float32, which does not see the last bits of beta**t.
 
@@ -419,7 +419,7 @@ def test_gradients_may_change_layout_and_alignment() -> None:
     assert_close(parameters_of(fused), parameters_of(reference), 8)
 
 
-@pytest.mark.parametrize("case", **by_id(KERNEL_CASES))
+@each_case(KERNEL_CASES)
 def test_numbers_on_the_device_are_live_and_equal_those_of_the_host(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

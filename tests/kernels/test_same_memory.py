@@ -14,7 +14,7 @@ from torch import nn
 
 import fusedreg
 
-from cases import FULL, PLAIN, Case, by_id
+from cases import FULL, PLAIN, Case, each_case
 from compare import frozen, refused
 
 EACH = [*PLAIN.values(), *FULL.values()]
@@ -41,7 +41,7 @@ def moments(optimizer: Any, param: nn.Parameter) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("what", ["param", "grad", "state"])
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_transposed_memory_is_read_as_it_lies(
     case: Case, path: str, what: str, in_place: bool
 ) -> None:
@@ -73,7 +73,7 @@ def test_transposed_memory_is_read_as_it_lies(
 
 
 @pytest.mark.parametrize("change", ["another_shape", "two_dimensions_less"])
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_a_reshaped_parameter_goes_on_only_with_a_state_that_fits(
     case: Case, path: str, change: str
 ) -> None:
@@ -91,7 +91,7 @@ def test_a_reshaped_parameter_goes_on_only_with_a_state_that_fits(
     assert all(value.shape == shape for value in moments(optimizer, param).values())
 
 
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_a_gradient_of_another_shape_is_refused_also_in_the_same_memory(
     case: Case, path: str
 ) -> None:
@@ -103,7 +103,7 @@ def test_a_gradient_of_another_shape_is_refused_also_in_the_same_memory(
 
 
 @pytest.mark.parametrize("what", ["param", "state"])
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_another_dtype_in_the_same_memory_is_read_as_such(case: Case, path: str, what: str) -> None:
     """Half of the bytes are left as they are."""
     (optimizer, param), (expected, twin) = begun(case, path), begun(case, "reference")
@@ -136,7 +136,7 @@ def test_freed_storage_is_refused(path: str, what: str) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_moved_tensors_are_followed_without_a_new_plan(case: Case, path: str) -> None:
     (optimizer, param), (stayed, twin) = begun(case, path), begun(case, path)
     plan = optimizer._stepper.plan

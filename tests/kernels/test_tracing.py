@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedreg
 
-from cases import CLASSES, FULL, PLAIN, Case, by_id
+from cases import CLASSES, FULL, PLAIN, Case, each_case
 from compare import frozen, refused
 
 EACH = [*PLAIN.values(), *FULL.values()]
@@ -30,7 +30,7 @@ def train(model: nn.Module, optimizer: Any, device: str = "cpu") -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_fake_tensors_are_stepped_by_their_shapes(
     case: Case, path: str, clip: float | None
 ) -> None:
@@ -45,7 +45,7 @@ def test_fake_tensors_are_stepped_by_their_shapes(
         assert all(state[name].shape == model.weight.shape for name in names)
 
 
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_meta_tensors_are_stepped_by_their_shapes(case: Case, path: str) -> None:
     model = nn.Linear(5, 2, device="meta")
     optimizer = case.make(model.parameters(), path, max_grad_norm=1.0)
@@ -74,7 +74,7 @@ def test_memory_is_estimated_before_training(cls: Any) -> None:
     assert moments * size <= states <= moments * size + 100  # counts
 
 
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_make_fx_records_the_update(case: Case, path: str) -> None:
     """Also of counts: a graph that is run twice has counted twice."""
 

@@ -6,9 +6,11 @@ path; no test changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 
 from fusedreg.check.cases import (
@@ -36,9 +38,9 @@ __all__ = [
     "Case",
 ]
 
-# conftest.py chooses among these lists, so that the time of the suite grows with the rules and not
-# with rules times penalties. All CASES meet the oracle and torch, and on the reference path what is
-# said of L1 and decay.
+# Tests choose among these lists by `each_case`, so that the time of the suite grows with the rules
+# and not with rules times penalties. All CASES meet the oracle and torch, and on the reference path
+# what is said of L1 and decay.
 
 # What meets every other property: a penalty is the step's and does not know the rule, so three
 # rules stand for all, one for each way in which the L1 threshold comes about (a mass that counts
@@ -75,9 +77,54 @@ _FIRST = {_device_rule(case): case for case in reversed(_ELASTIC_NETS)}
 KERNEL_CASES = [case for case in CASES if case.rule == "adam" or case in _FIRST.values()]
 
 
-def by_id(cases: list[Case]) -> dict[str, Any]:
-    """Keywords for `pytest.mark.parametrize("case", **by_id(CASES))`."""
+FEW_PATHS = ("reference", "device")
+"""For tests that take many steps: numbers on the host, and numbers as tensors."""
+
+ON_PATH = {
+    "reference": PROPERTY_CASES,
+    "default": PROPERTY_CASES,
+    "foreach": SOME,  # what "default" runs, by another flag
+    "fused": INTERPRETED_CASES,  # the rules of "default", interpreted
+    "device": PROPERTY_CASES,  # what "reference" runs, with numbers that nobody may read
+}
+"""Path -> the cases that a property meets there; conftest.path says what the paths are."""
+
+
+def by_id(cases: Iterable[Case]) -> dict[str, Any]:
+    """Keywords for `pytest.mark.parametrize("case", **by_id(SOME))`: exactly these cases."""
+    cases = list(cases)
     return {"argvalues": cases, "ids": [case.id for case in cases]}
+
+
+def each_case(
+    cases: Iterable[Case], *, paths: Iterable[str] = tuple(ON_PATH), all_on: Iterable[str] = ()
+) -> Callable[[Any], Any]:
+    """Run a test with those of the `cases` that ON_PATH has, and on each path if it takes `path`.
+
+    On the paths in `all_on` it runs with all of them. A case that is not in the table always runs.
+    A test that takes no `path` counts as one of "reference".
+    """
+    cases, whole = list(cases), set(all_on)
+
+    def chosen(path: str) -> list[Case]:
+        taken = CASES if path in whole else ON_PATH[path]
+        return [case for case in cases if case in taken or case not in CASES]
+
+    def decorate(test: Any) -> Any:
+        if "path" in inspect.signature(test).parameters:
+            pairs = [_param(case, path, case, path) for path in paths for case in chosen(path)]
+            return pytest.mark.parametrize(("case", "path"), pairs, indirect=["path"])(test)
+        alone = [_param(case, "reference", case) for case in chosen("reference")]
+        return pytest.mark.parametrize("case", alone)(test)
+
+    return decorate
+
+
+def _param(case: Case, path: str, *values: Any) -> Any:
+    """Of the cases that run the same code, all but one are slow."""
+    few = INTERPRETED_CASES if path in {"reference", "default"} else SOME
+    marks = [pytest.mark.slow] if case in CASES and case not in few else []
+    return pytest.param(*values, id="-".join([case.id, *values[1:]]), marks=marks)
 
 
 # Odd sizes, a size above any SIMD block, empty first, in the middle and last, and 0-dim.

@@ -14,10 +14,10 @@ import torch
 from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from torch import Tensor
 
-from cases import CASES, Case
+from cases import CASES, FEW_PATHS, Case
 from compare import frozen, parameters_of
 
-few_paths = pytest.mark.parametrize("path", ["reference", "device"], indirect=True)
+few_paths = pytest.mark.parametrize("path", FEW_PATHS, indirect=True)
 """For tests that take many steps: numbers on the host, and numbers as tensors."""
 
 quick = hypothesis.settings(

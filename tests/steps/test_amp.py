@@ -13,21 +13,19 @@ from torch.amp import GradScaler
 
 import fusedreg
 
-from cases import CASES, PATHS, SOME, Case, by_id, parameters, run, set_grads
+from cases import CASES, FEW_PATHS, PATHS, SOME, Case, each_case, parameters, run, set_grads
 from compare import parameters_of
-from problems import differences, few_paths, same_bits, snapshot
+from problems import differences, same_bits, snapshot
 
 SCALE = 2.0**12  # a power of 2, as GradScaler keeps it: scaling rounds nothing
 SHAPES = [(0,), (5, 3), (), (7,)]
 
 # Where a rule, a penalty or a clip could be treated differently by a skipped or scaled step.
-FEW_CASES = by_id(
-    [
-        case
-        for case in CASES
-        if case.rule in {some.rule for some in SOME} and case.penalty in ("none", "elastic_net")
-    ]
-)
+FEW_CASES = [
+    case
+    for case in CASES
+    if case.rule in {some.rule for some in SOME} and case.penalty in ("none", "elastic_net")
+]
 
 
 def few(case: Case, path: str, **options: Any) -> Any:
@@ -58,7 +56,7 @@ def scaler_of(scale: float = SCALE) -> GradScaler:
 
 @pytest.mark.parametrize("stage", ["ready", "unscaled"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0], ids=["free", "clipped"])
-@pytest.mark.parametrize("case", **FEW_CASES)
+@each_case(FEW_CASES)
 def test_steps_of_a_scaler_are_those_without_one(
     case: Case, max_grad_norm: float | None, stage: str, path: str
 ) -> None:
@@ -84,7 +82,7 @@ def test_steps_of_a_scaler_are_those_without_one(
 
 @pytest.mark.parametrize("stage", ["ready", "unscaled"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize("case", **FEW_CASES)
+@each_case(FEW_CASES)
 def test_a_scaler_that_finds_an_overflow_changes_nothing(
     case: Case, bad: float, stage: str, path: str
 ) -> None:
@@ -149,7 +147,7 @@ def test_autocast_training_overflows_recovers_and_learns(path: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_grad_scale_divides_and_never_writes_the_gradient(
     case: Case, kind: Callable[[float], Any], path: str
 ) -> None:
@@ -178,7 +176,7 @@ def test_any_scale_divides_in_high_precision(scale: float, dtype: torch.dtype, p
 
 
 @pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**16, 2.0**100])
-@pytest.mark.parametrize("case", **FEW_CASES)
+@each_case(FEW_CASES)
 def test_clip_threshold_does_not_depend_on_the_loss_scale(
     case: Case, scale: float, path: str
 ) -> None:
@@ -215,7 +213,7 @@ def assert_skips(optimizer: Any, skipped_step: Callable[[], None]) -> None:
     assert optimizer.skipped_steps == count + 1
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_found_inf_skips_parameters_moments_buffers_and_counts(case: Case, path: str) -> None:
     """2 is what GradScaler passes when two devices overflow, and what torch takes for 0."""
     optimizer = few(case, path, max_grad_norm=1.0)
@@ -225,7 +223,7 @@ def test_found_inf_skips_parameters_moments_buffers_and_counts(case: Case, path:
 
 
 @pytest.mark.parametrize("found_inf", FOUND.values(), ids=FOUND)
-@pytest.mark.parametrize("case", **FEW_CASES)
+@each_case(FEW_CASES)
 def test_any_nonzero_found_inf_skips(case: Case, found_inf: Any, path: str) -> None:
     optimizer = few(case, path)
     run(optimizer, steps=2)
@@ -234,9 +232,8 @@ def test_any_nonzero_found_inf_skips(case: Case, found_inf: Any, path: str) -> N
         assert_skips(optimizer, lambda s=grad_scale: scaled_by_hand(optimizer, s, found_inf))
 
 
-@few_paths
 @pytest.mark.parametrize("found_inf", [None, 0, 0.0, torch.tensor(0.0)], ids=str)
-@pytest.mark.parametrize("case", **FEW_CASES)
+@each_case(FEW_CASES, paths=FEW_PATHS)
 def test_zero_found_inf_skips_nothing(case: Case, found_inf: Any, path: str) -> None:
     optimizer, plain = few(case, path), few(case, path)
     for seed in range(2):
@@ -248,7 +245,7 @@ def test_zero_found_inf_skips_nothing(case: Case, found_inf: Any, path: str) -> 
     assert optimizer.skipped_steps == 0
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_after_a_skipped_first_step_all_is_as_if_it_never_was(case: Case, path: str) -> None:
     """No garbage in a new buffer, and the next gradient still enters it as the first."""
     optimizer, plain = few(case, path), few(case, path)
@@ -262,7 +259,7 @@ def test_after_a_skipped_first_step_all_is_as_if_it_never_was(case: Case, path: 
     assert not differences(snapshot(optimizer), snapshot(plain))
 
 
-@pytest.mark.parametrize("case", **by_id([case for case in CASES if case.penalty == "none"]))
+@each_case([case for case in CASES if case.penalty == "none"])
 def test_l1_turned_on_after_a_skipped_first_step_starts_cold(case: Case, path: str) -> None:
     """As where l1 is warmed up from 0 and the first loss scale overflows."""
     optimizer, plain = few(case, path), few(case, path)
@@ -274,7 +271,7 @@ def test_l1_turned_on_after_a_skipped_first_step_starts_cold(case: Case, path: s
     assert not differences(snapshot(optimizer), snapshot(plain))
 
 
-@pytest.mark.parametrize("case", **FEW_CASES)
+@each_case(FEW_CASES)
 def test_first_step_of_a_late_parameter_may_be_skipped_too(case: Case, path: str) -> None:
     """Then the one after it is its first, whatever the others have seen."""
     optimizer, plain = few(case, path), few(case, path)
@@ -291,7 +288,7 @@ def test_first_step_of_a_late_parameter_may_be_skipped_too(case: Case, path: str
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("case", **FEW_CASES)
+@each_case(FEW_CASES)
 def test_skip_nonfinite_skips_and_counts(case: Case, bad: float, path: str) -> None:
     """By itself, with clipping, and on top of a loss scale; also as the very first step."""
     options = [{}, {"max_grad_norm": 1.0}, {"max_grad_norm": math.inf}]
@@ -311,8 +308,7 @@ def test_skip_nonfinite_skips_and_counts(case: Case, bad: float, path: str) -> N
         assert not differences(snapshot(optimizer), snapshot(plain))
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, paths=FEW_PATHS)
 def test_skip_nonfinite_changes_no_finite_step(case: Case, path: str) -> None:
     """Not even where the norm exceeds float32, which grad_norm shows as infinite."""
     optimizer = few(case, path, skip_nonfinite=True, max_grad_norm=1.0)

@@ -14,7 +14,18 @@ from torch.nn.utils import clip_grad_norm_
 
 import fusedreg
 
-from cases import CASES, DTYPES, PATHS, TORCH_CASES, Case, by_id, parameters, set_grads, ulp
+from cases import (
+    CASES,
+    DTYPES,
+    FEW_PATHS,
+    PATHS,
+    TORCH_CASES,
+    Case,
+    each_case,
+    parameters,
+    set_grads,
+    ulp,
+)
 from problems import differences, few_paths, quick, same_bits, snapshot
 
 F32 = torch.finfo(torch.float32)
@@ -60,7 +71,7 @@ def assert_clipped(grads: list[Tensor], max_grad_norm: float, path: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@each_case(TORCH_CASES)
 def test_clipping_is_torchs_clip_and_then_the_step(
     case: Case, dtype: torch.dtype, path: str
 ) -> None:
@@ -180,8 +191,7 @@ def test_there_is_one_norm_over_all_dtypes(path: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, paths=FEW_PATHS)
 def test_order_and_grouping_do_not_matter(case: Case, path: str) -> None:
     params, others = parameters(), parameters()
     turned = others[::-1]
@@ -220,8 +230,7 @@ def test_a_parameter_listed_twice_counts_once(path: str) -> None:
     assert w.tolist() == pytest.approx([-3 / 5.000001, -4 / 5.000001], rel=4 * ulp(torch.float64))
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, paths=FEW_PATHS)
 def test_a_parameter_without_gradient_neither_counts_nor_moves(case: Case, path: str) -> None:
     params = parameters(shapes=[(3,), (2,)])
     params[0].grad = torch.full_like(params[0], 2.0)
@@ -288,8 +297,7 @@ def test_clipping_is_of_the_loss_gradient_alone(
     assert w.tolist() == pytest.approx(after, abs=1e-7)
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, paths=FEW_PATHS)
 def test_infinite_max_grad_norm_only_measures(case: Case, path: str) -> None:
     params, others = parameters(), parameters()
     measured, plain = case.make(params, path, max_grad_norm=math.inf), case.make(others, path)
@@ -304,7 +312,7 @@ def test_infinite_max_grad_norm_only_measures(case: Case, path: str) -> None:
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0], ids=["free", "clipped"])
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_no_bit_of_a_gradient_changes(case: Case, max_grad_norm: float | None, path: str) -> None:
     params = parameters()
     optimizer = case.make(params, path, max_grad_norm=max_grad_norm)

@@ -282,7 +282,6 @@ def step(optimizer: Any, start: Start) -> tuple[Tensor, dict[str, Tensor]]:
 
 # ---- tests ---------------------------------------------------------------------------------------
 
-# Not by the name of `case`, of which conftest.py would leave most out where they are interpreted.
 PLAIN = [(case, dtype) for case in CASES for dtype in FLOATS if case.penalty == "none"]
 PENALISED = [(case, torch.float32) for case in CASES if case.penalty == "elastic_net"]
 BY_ID = {case.id: case for case in CASES}

@@ -13,13 +13,24 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR
 
 import fusedreg
 
-from cases import CASES, CLASSES, PATHS, SOME, Case, by_id, parameters, run, set_grads, ulp
+from cases import (
+    CASES,
+    CLASSES,
+    FEW_PATHS,
+    PATHS,
+    SOME,
+    Case,
+    each_case,
+    parameters,
+    run,
+    set_grads,
+    ulp,
+)
 from problems import (
     SOLVABLE,
     STEPS,
     elementwise,
     family,
-    few_paths,
     minimise,
     minimising,
     objective,
@@ -47,7 +58,7 @@ DECOUPLED_ALONE = [case for case in elementwise(DECOUPLED) if not case.options["
 # ---- coupled: the gradient of weight_decay / 2 |w|^2 ---------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(COUPLED))
+@each_case(COUPLED, all_on=("reference",))
 def test_coupled_decay_is_half_the_squared_norm_in_the_loss(case: Case, path: str) -> None:
     """Hence the factor 2: a penalty of lambda |w|^2 is weight_decay = 2 lambda."""
     params, others = parameters(), parameters()
@@ -66,9 +77,8 @@ def test_coupled_decay_is_half_the_squared_norm_in_the_loss(case: Case, path: st
         torch.testing.assert_close(w, other, rtol=0, atol=bound)
 
 
-@few_paths
 @pytest.mark.parametrize("dtype", STEPS, ids=str)
-@pytest.mark.parametrize("case", **by_id([c for c in SOLVABLE if not c.options["l1"]]))
+@each_case([c for c in SOLVABLE if not c.options["l1"]], paths=FEW_PATHS, all_on=("reference",))
 def test_decay_reaches_the_ridge_solution(case: Case, dtype: torch.dtype, path: str) -> None:
     """Also decoupled in SGD, where with momentum mu it is the ridge of (1 - mu) weight_decay."""
     # At a smooth minimum Adam divides 0 by 0 and circles for ever; a large eps, on which the
@@ -78,7 +88,7 @@ def test_decay_reaches_the_ridge_solution(case: Case, dtype: torch.dtype, path: 
     torch.testing.assert_close(w.double(), expected, rtol=0, atol=tolerance(case, dtype))
 
 
-@pytest.mark.parametrize("case", **by_id([case for case in COUPLED if family(case) != "linear"]))
+@each_case([case for case in COUPLED if family(case) != "linear"], all_on=("reference",))
 def test_first_coupled_step_ignores_the_strength_of_decay(case: Case, path: str) -> None:
     """With no gradient it is along sign(w), because decay / sqrt(decay^2) = 1."""
     options = {**case.options, **with_eps(case, 1e-13), "l1": 0.0}
@@ -100,7 +110,7 @@ def test_first_coupled_step_ignores_the_strength_of_decay(case: Case, path: str)
         torch.testing.assert_close(each, length, rtol=3e-8, atol=0)
 
 
-@pytest.mark.parametrize("case", **by_id([case for case in COUPLED if family(case) != "linear"]))
+@each_case([case for case in COUPLED if family(case) != "linear"], all_on=("reference",))
 def test_coupled_decay_depends_on_the_scale_of_the_loss(case: Case, path: str) -> None:
     """As the decoupled one does not: see test_l1.test_scaling_the_objective_changes_no_iterate."""
     params, others = parameters(), parameters()
@@ -117,7 +127,7 @@ def test_coupled_decay_depends_on_the_scale_of_the_loss(case: Case, path: str) -
 # ---- decoupled: a factor on the weight -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(DECOUPLED))
+@each_case(DECOUPLED, all_on=("reference",))
 def test_decoupled_decay_never_enters_the_moments(case: Case, path: str) -> None:
     params, others = parameters(), parameters()
     decayed, plain = case.make(params, path), without_decay(case).make(others, path)
@@ -131,7 +141,7 @@ def test_decoupled_decay_never_enters_the_moments(case: Case, path: str) -> None
             assert same_bits(decayed.state[w][name], plain.state[other][name]), name
 
 
-@pytest.mark.parametrize("case", **by_id(DECOUPLED_ALONE))
+@each_case(DECOUPLED_ALONE, all_on=("reference",))
 def test_decoupled_decay_multiplies_by_the_scheduled_factors(case: Case, path: str) -> None:
     """With zero gradients the weight is w prod(1 - lr_t weight_decay), and the moments stay 0."""
     w = torch.tensor([1.0, -3.0], dtype=torch.float64, requires_grad=True)
@@ -151,7 +161,7 @@ def test_decoupled_decay_multiplies_by_the_scheduled_factors(case: Case, path: s
     assert all((moment == start).all() for moment in moments.values()), moments
 
 
-@pytest.mark.parametrize("case", **by_id([c for c in CASES if c.cls is fusedreg.AdamW]))
+@each_case([c for c in CASES if c.cls is fusedreg.AdamW], all_on=("reference",))
 def test_without_decay_adamw_is_adam(case: Case, path: str) -> None:
     params, others = parameters(), parameters()
     adamw = without_decay(case)
@@ -220,7 +230,7 @@ def test_every_class_has_an_independent_decay() -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("case", **by_id(INDEPENDENT_CASES))
+@each_case(INDEPENDENT_CASES, all_on=("reference",))
 def test_independent_decay_is_decoupled_decay_over_the_first_lr(
     case: Case, scheduler: str, path: str
 ) -> None:
@@ -246,7 +256,7 @@ def test_independent_decay_is_decoupled_decay_over_the_first_lr(
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("case", **by_id(INDEPENDENT_ALONE))
+@each_case(INDEPENDENT_ALONE, all_on=("reference",))
 def test_independent_decay_multiplies_by_the_schedule_alone(
     case: Case, scheduler: str, path: str
 ) -> None:
@@ -272,7 +282,7 @@ def test_independent_decay_multiplies_by_the_schedule_alone(
         )
 
 
-@pytest.mark.parametrize("case", **by_id(INDEPENDENT_ALONE))
+@each_case(INDEPENDENT_ALONE, all_on=("reference",))
 def test_groups_with_other_rates_decay_alike(case: Case, path: str) -> None:
     params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3)]
     groups = [{"params": [w], "lr": lr} for w, lr in zip(params, (0.5, 2.0**-9, 8.0), strict=True)]
@@ -283,7 +293,7 @@ def test_groups_with_other_rates_decay_alike(case: Case, path: str) -> None:
     assert all((w == 0.75).all() for w in params)  # lr / decay_lr is exactly 1
 
 
-@pytest.mark.parametrize("case", **by_id(INDEPENDENT_CASES))
+@each_case(INDEPENDENT_CASES, all_on=("reference",))
 def test_independent_decay_with_lr_zero_moves_nothing(case: Case, path: str) -> None:
     params = parameters()
     optimizer = case.make(params, path)
@@ -294,7 +304,7 @@ def test_independent_decay_with_lr_zero_moves_nothing(case: Case, path: str) -> 
         assert all(same_bits(w, old) for w, old in zip(params, before, strict=True))
 
 
-@pytest.mark.parametrize("case", **by_id(INDEPENDENT_CASES))
+@each_case(INDEPENDENT_CASES, all_on=("reference",))
 def test_independent_decay_takes_tensors(case: Case, path: str) -> None:
     """An lr that is written in place is another one; that of the beginning is not."""
     params, others = parameters(), parameters()
@@ -313,7 +323,7 @@ def test_independent_decay_takes_tensors(case: Case, path: str) -> None:
     assert all(same_bits(w, other) for w, other in zip(params, others, strict=True))
 
 
-@pytest.mark.parametrize("case", **by_id(INDEPENDENT_CASES))
+@each_case(INDEPENDENT_CASES, all_on=("reference",))
 def test_decay_lr_is_a_copy_and_outlives_a_checkpoint(case: Case) -> None:
     lr = torch.tensor(0.5)
     optimizer = case.make(parameters(), "default", lr=lr)
@@ -329,7 +339,7 @@ def test_decay_lr_is_a_copy_and_outlives_a_checkpoint(case: Case) -> None:
 # ---- all of them ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(minimising(CASES)))
+@each_case(minimising(CASES), all_on=("reference",))
 def test_maximising_is_minimising_the_negative(case: Case, path: str) -> None:
     """The penalty shrinks in both: only the sign of the loss changes, and nothing else."""
     params, others = parameters(), parameters()
@@ -343,7 +353,7 @@ def test_maximising_is_minimising_the_negative(case: Case, path: str) -> None:
     assert all(same_bits(w, other) for w, other in zip(params, others, strict=True))
 
 
-@pytest.mark.parametrize("case", **by_id([case for case in CASES if case.penalty != "none"]))
+@each_case([case for case in CASES if case.penalty != "none"], all_on=("reference",))
 def test_penalty_shrinks_whatever_the_direction(case: Case, path: str) -> None:
     w = torch.tensor([2.0, -2.0], dtype=torch.float64, requires_grad=True)
     optimizer = case.make([w], path)
@@ -356,9 +366,8 @@ def test_penalty_shrinks_whatever_the_direction(case: Case, path: str) -> None:
         assert ((w.abs() == before) if waits else (w.abs() < before)).all()
 
 
-@few_paths
 @pytest.mark.parametrize("name", ["weight_decay", "l1"])
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, paths=FEW_PATHS, all_on=("reference",))
 def test_no_penalty_is_ignored(case: Case, name: str, path: str) -> None:
     """A weight that is accepted and unused would pass many a comparison."""
     if not case.options[name]:
@@ -369,7 +378,7 @@ def test_no_penalty_is_ignored(case: Case, name: str, path: str) -> None:
     assert not all(torch.equal(w, other) for w, other in zip(params, others, strict=True))
 
 
-@pytest.mark.parametrize("case", **by_id(DECOUPLED_ALONE))
+@each_case(DECOUPLED_ALONE, all_on=("reference",))
 def test_parameters_of_several_dtypes_are_each_decayed_once(case: Case, path: str) -> None:
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float32)
     params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
@@ -379,7 +388,7 @@ def test_parameters_of_several_dtypes_are_each_decayed_once(case: Case, path: st
     assert all((w == 0.75).all() for w in params)  # exact in every dtype
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME, all_on=("reference",))
 def test_weight_decay_may_be_a_tensor(case: Case, path: str) -> None:
     params, others = parameters(), parameters()
     decay = torch.tensor(case.kwargs["weight_decay"], dtype=torch.float64)

@@ -30,6 +30,7 @@ from cases import (
     TORCH_CLASSES,
     Case,
     by_id,
+    each_case,
     parameters,
     run,
     set_grads,
@@ -197,7 +198,7 @@ def scaled(optimizer: torch.optim.Optimizer, seed: int) -> GradScaler:
     return scaler
 
 
-@pytest.mark.parametrize("case", **by_id([c for c in TORCH_CASES if c.penalty == "decay"]))
+@each_case([c for c in TORCH_CASES if c.penalty == "decay"])
 def test_clipping_inside_is_unscaling_and_clipping_before_torchs_step(
     case: Case, path: str
 ) -> None:
@@ -220,7 +221,7 @@ def moved(optimizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, 0.5])
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_a_step_skipped_by_its_flag_leaves_the_gradients(
     case: Case, found_inf: float, path: str
 ) -> None:
@@ -326,7 +327,7 @@ def life(case: Case, path: str) -> Any:
     return ends
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_default_device_matters_to_nothing(case: Case, path: str) -> None:
     expected = life(case, path)
     for device in ("cpu", "meta"):
@@ -338,7 +339,7 @@ def test_default_device_matters_to_nothing(case: Case, path: str) -> None:
 # ---- to torch, and what only one class has -------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id([case for case in SOME if case.torch_cls is not None]))
+@each_case([case for case in SOME if case.torch_cls is not None])
 def test_torch_goes_on_from_a_file_with_l1_and_takes_it_for_its_own(case: Case) -> None:
     optimizer = case.make(parameters(shapes=SHAPES))
     run(optimizer, 2)
@@ -398,7 +399,7 @@ def test_sums_of_adagrad_begin_where_torchs_do_whenever_a_parameter_comes(
 # ---- training loops ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_accumulated_gradients_are_those_of_the_large_batch(case: Case, path: str) -> None:
     ends = []
     for parts in (1, 4):
@@ -416,7 +417,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(case: Case, path: st
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("case", **by_id([c for c in TORCH_CASES if c.penalty == "decay"]))
+@each_case([c for c in TORCH_CASES if c.penalty == "decay"])
 def test_a_frozen_parameter_stands_still_and_goes_on_when_thawed(case: Case, path: str) -> None:
     runs = []
     for make in (lambda p: case.make(p, path), lambda p: case.torch_cls(p, **case.torch_kwargs)):
@@ -436,7 +437,7 @@ def test_a_frozen_parameter_stands_still_and_goes_on_when_thawed(case: Case, pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_a_module_may_change_its_dtype_between_steps(
     case: Case, dtype: torch.dtype, path: str
 ) -> None:

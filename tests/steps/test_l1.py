@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from fusedreg.penalty import kkt_distance
 
-from cases import CASES, Case, by_id, parameters, run, set_grads
+from cases import CASES, FEW_PATHS, Case, each_case, parameters, run, set_grads
 from problems import (
     PROX,
     SOLVABLE,
@@ -24,7 +24,6 @@ from problems import (
     differences,
     elementwise,
     family,
-    few_paths,
     loss_gradient,
     minimise,
     minimising,
@@ -56,9 +55,8 @@ def assert_is_solution(w: Tensor, case: Case, l1: float, weight_decay: float) ->
 # ---- the Lasso and the elastic net ---------------------------------------------------------------
 
 
-@few_paths
 @pytest.mark.parametrize("dtype", STEPS, ids=str)
-@pytest.mark.parametrize("case", **by_id(SPARSE))
+@each_case(SPARSE, paths=FEW_PATHS, all_on=("reference",))
 def test_fixed_point_is_the_solution_of_scikit_learn(
     case: Case, dtype: torch.dtype, path: str
 ) -> None:
@@ -71,8 +69,11 @@ def test_fixed_point_is_the_solution_of_scikit_learn(
     assert torch.equal(minimise(optimizer, 1) == 0, zero)
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id([case for case in minimising(PROX) if case not in SPARSE]))
+@each_case(
+    [case for case in minimising(PROX) if case not in SPARSE],
+    paths=FEW_PATHS,
+    all_on=("reference",),
+)
 def test_elastic_net_with_decoupled_decay_has_the_documented_fixed_point(
     case: Case, path: str
 ) -> None:
@@ -94,9 +95,10 @@ def test_elastic_net_with_decoupled_decay_has_the_documented_fixed_point(
     assert (residual <= 7 * TOLERANCE[torch.float64]).all()
 
 
-@few_paths
-@pytest.mark.parametrize(
-    "case", **by_id([c for c in elementwise(minimising(PROX)) if not remembers_variances(c)])
+@each_case(
+    [c for c in elementwise(minimising(PROX)) if not remembers_variances(c)],
+    paths=FEW_PATHS,
+    all_on=("reference",),
 )
 def test_largest_gradient_at_zero_is_where_sparsity_ends(case: Case, path: str) -> None:
     """From lambda_max = max |gradient at 0| on all is exactly 0, and just below it one is not.
@@ -136,7 +138,7 @@ SCHEDULERS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("case", **by_id(LASSO))
+@each_case(LASSO, all_on=("reference",))
 def test_scheduled_momentum_still_reaches_the_lasso(case: Case, scheduler: str) -> None:
     """Also of an SGD that was constructed without momentum: these schedulers turn it on."""
     optimizer = case.make([start()])
@@ -146,8 +148,7 @@ def test_scheduled_momentum_still_reaches_the_lasso(case: Case, scheduler: str) 
     assert_is_solution(minimise(optimizer, 600, each=schedule.step), case, 0.3, 0.0)
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id(LASSO))
+@each_case(LASSO, paths=FEW_PATHS, all_on=("reference",))
 def test_l1_may_be_turned_on_and_off_during_a_run(case: Case, path: str) -> None:
     optimizer = case.make([start()], path, l1=0.0)
     (group,) = optimizer.param_groups
@@ -158,8 +159,9 @@ def test_l1_may_be_turned_on_and_off_during_a_run(case: Case, path: str) -> None
     assert (minimise(optimizer, 20) != 0).all()
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id([case for case in CASES if case.penalty == "none"]))
+@each_case(
+    [case for case in CASES if case.penalty == "none"], paths=FEW_PATHS, all_on=("reference",)
+)
 def test_turning_on_a_vanishing_l1_changes_no_step(case: Case, path: str) -> None:
     """The threshold needs a state that the run has not had so far; the buffer must not notice."""
     params, others = parameters(), parameters()
@@ -171,7 +173,7 @@ def test_turning_on_a_vanishing_l1_changes_no_step(case: Case, path: str) -> Non
         assert not differences(snapshot(optimizer), snapshot(plain))
 
 
-@pytest.mark.parametrize("case", **by_id([c for c in elementwise(PROX) if c in SPARSE]))
+@each_case([c for c in elementwise(PROX) if c in SPARSE], all_on=("reference",))
 def test_kkt_conditions_hold_at_the_end_of_a_logistic_regression(case: Case) -> None:
     """Not quadratic, through autograd, and with an intercept in a group without penalty.
 
@@ -201,7 +203,7 @@ def test_kkt_conditions_hold_at_the_end_of_a_logistic_regression(case: Case) -> 
 # ---- what is left alone --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, all_on=("reference",))
 def test_learning_rate_zero_leaves_every_bit(case: Case, path: str) -> None:
     """Of -0.0, infinities and NaN too; with and without gradient and history."""
     special = [-0.0, 0.0, 1.5, -math.inf, math.nan, 5e-324, 1.7e308]
@@ -219,7 +221,7 @@ def test_learning_rate_zero_leaves_every_bit(case: Case, path: str) -> None:
                 assert same_bits(w, before)
 
 
-@pytest.mark.parametrize("case", **by_id([case for case in LASSO if waits_for_gradient(case)]))
+@each_case([case for case in LASSO if waits_for_gradient(case)], all_on=("reference",))
 def test_rows_of_an_embedding_without_gradient_are_not_wiped_out(case: Case, path: str) -> None:
     """Their second moment is 0, and lr l1 / (sqrt(0) + eps) would be a threshold of millions."""
     embedding = torch.nn.Embedding(40, 3)
@@ -234,7 +236,7 @@ def test_rows_of_an_embedding_without_gradient_are_not_wiped_out(case: Case, pat
     assert changed.nonzero().flatten().tolist() == seen.tolist()
 
 
-@pytest.mark.parametrize("case", **by_id(PENALISED))
+@each_case(PENALISED, all_on=("reference",))
 def test_nan_does_not_become_zero(case: Case, path: str) -> None:
     w = torch.tensor([0.1, 0.1, 5.0], dtype=torch.float64, requires_grad=True)
     w.grad = torch.tensor([math.nan, 0.1, 0.1], dtype=torch.float64)
@@ -243,9 +245,10 @@ def test_nan_does_not_become_zero(case: Case, path: str) -> None:
     assert w.isnan().tolist() == [True, case.cls.layerwise, case.cls.layerwise]
 
 
-@few_paths
 @pytest.mark.parametrize("mode", ["decoupled", "subgradient"])
-@pytest.mark.parametrize("case", **by_id([case for case in CASES if not case.options["l1"]]))
+@each_case(
+    [case for case in CASES if not case.options["l1"]], paths=FEW_PATHS, all_on=("reference",)
+)
 def test_without_l1_its_mode_changes_nothing(case: Case, mode: str, path: str) -> None:
     params, others = parameters(), parameters()
     plain, optimizer = case.make(params, path), case.make(others, path, l1_mode=mode)
@@ -268,7 +271,7 @@ def scaled(case: Case, c: float) -> dict[str, Any]:
     return {name: factor * options[name] for name, factor in factors.items() if name in options}
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, all_on=("reference",))
 def test_scaling_the_objective_changes_no_iterate(case: Case, path: str) -> None:
     """For eps = 0. Not one bit, because the factor is a power of 2."""
     c = 2.0**10
@@ -303,8 +306,7 @@ def noisy_gradient() -> Callable[[Tensor], Tensor]:
 ADAM = [case for case in adaptive(minimising(DECOUPLED)) if case.options.get("amsgrad") is False]
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id(elementwise(ADAM)))
+@each_case(elementwise(ADAM), paths=FEW_PATHS, all_on=("reference",))
 def test_decoupled_l1_of_adam_thresholds_the_signal_to_noise_ratio(case: Case, path: str) -> None:
     """|E g| / sqrt(E g^2) is l1 where w is not 0, and at most l1 where it is."""
     optimizer = case.make([start()], path, lr=0.03, betas=(0.9, 0.99))
@@ -335,7 +337,7 @@ BOUNDED = [
 ]
 
 
-@pytest.mark.parametrize("case", **by_id(BOUNDED))
+@each_case(BOUNDED, all_on=("reference",))
 def test_decoupled_l1_above_the_largest_direction_beats_every_step(case: Case, path: str) -> None:
     """As lr l1 then exceeds the largest step: its strength does not depend on the loss."""
     sign = -1000 if case.options["maximize"] else 1000
@@ -343,8 +345,7 @@ def test_decoupled_l1_above_the_largest_direction_beats_every_step(case: Case, p
     assert (minimise(optimizer, 40, gradient=lambda w: sign * loss_gradient(w)) == 0).all()
 
 
-@few_paths
-@pytest.mark.parametrize("case", **by_id(minimising(SUBGRADIENT)))
+@each_case(minimising(SUBGRADIENT), paths=FEW_PATHS, all_on=("reference",))
 def test_subgradient_crosses_zero_and_never_stays(case: Case, path: str) -> None:
     optimizer = case.make([start()], path)
     minimise(optimizer, 200)
@@ -356,7 +357,7 @@ def test_subgradient_crosses_zero_and_never_stays(case: Case, path: str) -> None
     assert crossings[solution(0.3, 0.0) == 0].any()
 
 
-@pytest.mark.parametrize("case", **by_id(SUBGRADIENT))
+@each_case(SUBGRADIENT, all_on=("reference",))
 def test_subgradient_of_zero_is_zero(case: Case, path: str) -> None:
     w = torch.zeros(3, requires_grad=True)
     optimizer = case.make([w], path)

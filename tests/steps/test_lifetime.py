@@ -15,7 +15,7 @@ from torch import nn
 import fusedreg
 
 import spread  # imports ZeroRedundancyOptimizer, which like checkpoint is looked for among callers
-from cases import FULL, PLAIN, Case, by_id
+from cases import FULL, PLAIN, Case, each_case
 
 assert spread.ZeroRedundancyOptimizer
 EACH = [*PLAIN.values(), *FULL.values()]
@@ -47,7 +47,7 @@ def train(case: Case, path: str, lr: Any, **options: Any) -> list[weakref.ref[An
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("case", **by_id(EACH))
+@each_case(EACH)
 def test_all_of_a_training_is_freed_with_its_last_reference(
     case: Case, path: str, clip: float | None
 ) -> None:

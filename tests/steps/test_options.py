@@ -15,13 +15,13 @@ from torch.optim import lr_scheduler
 import fusedreg
 from fusedreg.check.oracle import Slot, one_step
 
-from cases import CASES, CLASSES, PATHS, TORCH_CLASSES, Case, by_id, parameters, run, set_grads
+from cases import CASES, CLASSES, PATHS, TORCH_CLASSES, Case, each_case, parameters, run, set_grads
 from compare import assert_close, frozen, parameters_of, torchs_state
 
 SHAPES = [(0,), (5, 3), (), (17,)]
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_options_edited_between_steps_count_at_once(case: Case, path: str) -> None:
     optimizer = case.make(parameters(shapes=SHAPES), path)
     group = optimizer.param_groups[0]
@@ -39,7 +39,7 @@ def test_options_edited_between_steps_count_at_once(case: Case, path: str) -> No
     assert_close(group["params"], [slot.w for slot in slots], ulps=3 * 2)
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_tensor_lr_is_live(case: Case, path: str) -> None:
     if path == "foreach" and issubclass(case.cls, fusedreg.Adam):
         with pytest.raises(ValueError, match="lr as a Tensor is not supported"):

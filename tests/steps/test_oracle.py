@@ -7,13 +7,13 @@ import torch
 
 from fusedreg.check.oracle import Oracle
 
-from cases import CASES, Case, by_id, parameters, set_grads, ulp
+from cases import CASES, Case, each_case, parameters, set_grads, ulp
 
 CLIPS = {"free": None, "clipped": 1.0}
 
 
 @pytest.mark.parametrize("max_grad_norm", CLIPS.values(), ids=CLIPS)
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, all_on=("reference", "default", "fused"))
 def test_float64_trajectory_equals_paper_equations(
     case: Case, max_grad_norm: float | None, path: str
 ) -> None:

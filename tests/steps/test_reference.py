@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedreg
 from fusedreg import reference
 
-from cases import CASES, DTYPES, PLAIN, SOME, Case, by_id, parameters, run, set_grads
+from cases import CASES, DTYPES, PLAIN, SOME, Case, by_id, each_case, parameters, run, set_grads
 from compare import assert_close, frozen, parameters_of, results
 from problems import elementwise, few_paths
 
@@ -74,7 +74,7 @@ def step(optimizer: Any, dtype: torch.dtype, steps: int = 3) -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["free", "clipped"])
-@pytest.mark.parametrize("case", **by_id(elementwise(CASES)))
+@each_case(elementwise(CASES))
 def test_blocks_give_the_bits_of_the_whole(case: Case, clip: float | None) -> None:
     complex_dtypes = [] if case.options["l1"] else [torch.complex64, torch.complex128]
     for dtype in [*DTYPES, *complex_dtypes]:
@@ -94,7 +94,7 @@ def check_blocks_give_the_bits_of_the_whole(
     assert max(stepped) == BLOCK
 
 
-@pytest.mark.parametrize("case", **by_id(elementwise(SOME)))
+@each_case(elementwise(SOME))
 def test_default_block_gives_the_bits_of_the_whole(case: Case) -> None:
     """Long enough for the threads and the vectors of torch, and with a rest."""
     shapes = [(3 * reference.BLOCK_BYTES // 4 + 13,)]
@@ -121,7 +121,7 @@ def test_what_is_not_laid_out_alike_is_stepped_as_a_whole(case: Case, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("case", **by_id([case for case in CASES if case.cls.layerwise]))
+@each_case([case for case in CASES if case.cls.layerwise])
 def test_norms_of_layerwise_rules_are_those_of_the_whole(case: Case, dtype: torch.dtype) -> None:
     """The sums of the blocks are added in another order."""
     whole, blockwise = (case.make(dense(dtype)) for _ in range(2))
@@ -183,7 +183,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("case", **by_id([*SOME, *PLAIN.values()]))
+@each_case([*SOME, *PLAIN.values()])
 def test_no_temporary_is_as_large_as_a_parameter(case: Case) -> None:
     for dtype in DTYPES:
         params = parameters(dtype=dtype, shapes=[(50 * BLOCK,)])
@@ -321,13 +321,13 @@ def check_every_interruption(
 
 @pytest.mark.no_cover  # which traces too
 @pytest.mark.parametrize("steps_before", [0, 1])
-@pytest.mark.parametrize("case", **by_id(INTERRUPTED))
+@each_case(INTERRUPTED)
 def test_an_interrupted_step_is_whole_for_each_parameter(case: Case, steps_before: int) -> None:
     check_every_interruption(case, steps_before, at_line)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("case", **by_id(INTERRUPTED))
+@each_case(INTERRUPTED)
 def test_an_operation_that_fails_leaves_each_parameter_whole(case: Case, after: bool) -> None:
     check_every_interruption(
         case, 1, lambda optimizer, k: at_operation(optimizer, k, after), lambda: Failing(0, after)

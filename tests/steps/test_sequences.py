@@ -18,7 +18,7 @@ from torch import nn
 
 import fusedreg
 
-from cases import FULL, PLAIN, Case, by_id, set_grads
+from cases import FULL, PLAIN, Case, each_case, set_grads
 from compare import parameters_of
 
 
@@ -100,13 +100,13 @@ def assert_same(case: Case, path: str, kinds: tuple[str, ...], steps: Any, besid
 
 
 @pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("case", **by_id([PLAIN[fusedreg.SGD], FULL[fusedreg.Adam]]))
+@each_case([PLAIN[fusedreg.SGD], FULL[fusedreg.Adam]])
 def test_no_step_repeats_what_another_was_told(case: Case, beside: bool) -> None:
     for kinds in itertools.product(KINDS, repeat=3):
         assert_same(case, "default", kinds, KINDS, beside)
 
 
-@pytest.mark.parametrize("case", **by_id([FULL[fusedreg.SGD], PLAIN[fusedreg.LAMB]]))
+@each_case([FULL[fusedreg.SGD], PLAIN[fusedreg.LAMB]])
 def test_no_step_repeats_what_another_was_told_in_pairs(case: Case, path: str) -> None:
     for kinds in itertools.product(KINDS, repeat=2):
         assert_same(case, path, (*kinds, "plain"), KINDS, beside=False)
@@ -121,7 +121,7 @@ def _ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_ranks")
-@pytest.mark.parametrize("case", **by_id([PLAIN[fusedreg.SGD], PLAIN[fusedreg.Adam]]))
+@each_case([PLAIN[fusedreg.SGD], PLAIN[fusedreg.Adam]])
 def test_no_step_repeats_what_another_was_told_over_ranks(case: Case) -> None:
     """The norm of several ranks comes as a scale, and not from the launches."""
     ranks = {"process_group": dist.group.WORLD}

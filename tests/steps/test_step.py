@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +14,7 @@ import fusedreg
 from fusedreg.backend import is_walkable
 from fusedreg.check.oracle import Oracle
 
-from cases import CASES, CLASSES, DTYPES, SOME, Case, by_id, parameters, run, set_grads, tensors
+from cases import CASES, CLASSES, DTYPES, SOME, Case, each_case, parameters, run, set_grads, tensors
 from compare import (
     assert_close,
     assert_rounds_once,
@@ -31,7 +30,7 @@ SHAPES = [(0,), (5, 3), (), (17,)]
 # ---- gradients ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_grad_is_bitwise_unchanged(case: Case, path: str) -> None:
     optimizer = case.make(parameters(shapes=SHAPES), path, max_grad_norm=0.5, skip_nonfinite=True)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
@@ -44,7 +43,7 @@ def test_grad_is_bitwise_unchanged(case: Case, path: str) -> None:
         assert all(p.grad is g for p, g in zip(parameters_of(optimizer), grads, strict=True))
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_step_without_any_grad_does_nothing(case: Case, path: str) -> None:
     optimizer = case.make(parameters(), path, max_grad_norm=1.0)
     before = results(optimizer)
@@ -54,7 +53,7 @@ def test_step_without_any_grad_does_nothing(case: Case, path: str) -> None:
     assert optimizer.grad_norm == 0
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_parameter_without_grad_waits_for_its_own_first_step(case: Case, path: str) -> None:
     (early,), (late,) = parameters(0, shapes=[(5,)]), parameters(1, shapes=[(5,)])
     (alone,) = parameters(1, shapes=[(5,)])
@@ -79,7 +78,7 @@ def test_parameter_without_grad_waits_for_its_own_first_step(case: Case, path: s
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1e-310, 5e-324, -2.5, 1e300]
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_lr_zero_changes_no_bit_of_a_parameter(case: Case, path: str) -> None:
     for lr, dtype in zip(
         [0.0, -0.0, torch.tensor(0.0), torch.tensor([[-0.0]])], DTYPES, strict=True
@@ -95,7 +94,7 @@ def test_lr_zero_changes_no_bit_of_a_parameter(case: Case, path: str) -> None:
             assert frozen(param) == before
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_lr_zero_still_moves_the_state(case: Case, path: str) -> None:
     """As in torch; a warm-up from lr = 0 collects momentum and counts steps."""
     optimizer, usual = (case.make(parameters(shapes=SHAPES), path) for _ in range(2))
@@ -105,7 +104,7 @@ def test_lr_zero_still_moves_the_state(case: Case, path: str) -> None:
     assert torchs_state(optimizer) == torchs_state(usual)
 
 
-@pytest.mark.parametrize("case", **by_id([case for case in CASES if case.penalty == "none"]))
+@each_case([case for case in CASES if case.penalty == "none"])
 def test_zero_gradients_and_no_penalty_move_nothing(case: Case, path: str) -> None:
     optimizer = case.make(parameters(), path)
     before = results(optimizer)[0]
@@ -122,7 +121,7 @@ def test_zero_gradients_and_no_penalty_move_nothing(case: Case, path: str) -> No
 # ---- skipped steps ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_skipped_step_is_as_if_never_called(case: Case, path: str) -> None:
     """GradScaler's found_inf may be any number but 0; a norm of inf or NaN skips likewise."""
     for found_inf, grad in [(1.0, 1.0), (2.0, math.inf), (0.5, math.nan), (0.0, math.inf)]:
@@ -173,7 +172,7 @@ def with_gaps(grad: torch.Tensor) -> torch.Tensor:
     return torch.stack([grad, grad], dim=-1)[..., 0]
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_layout_does_not_matter(case: Case, path: str) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         odd = [nn.Parameter(value) for value in odd_layouts(dtype)]
@@ -210,7 +209,7 @@ def test_layout_does_not_matter(case: Case, path: str) -> None:
                 assert frozen(states[0]) == frozen(states[1])
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_dtypes_may_be_mixed_in_a_group(case: Case, path: str) -> None:
     mixed = [parameters(i, dtype, SHAPES)[1] for i, dtype in enumerate(DTYPES)]
     alone = [[nn.Parameter(param.detach().clone())] for param in mixed]
@@ -227,7 +226,7 @@ def test_dtypes_may_be_mixed_in_a_group(case: Case, path: str) -> None:
         assert [together[1][index]] == state
 
 
-@pytest.mark.parametrize("case", **by_id(elementwise(CASES)))
+@each_case(elementwise(CASES))
 def test_splitting_and_reordering_do_not_matter(case: Case, path: str) -> None:
     # Clipped, too: the norm is summed in another order, but in float64, and float32 is compared.
     (whole,) = parameters(dtype=torch.float32, shapes=[(60,)])
@@ -245,7 +244,7 @@ def test_splitting_and_reordering_do_not_matter(case: Case, path: str) -> None:
     assert optimizers[0].grad_norm == optimizers[1].grad_norm
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_same_inputs_give_the_same_bits_under_any_default_dtype(case: Case, path: str) -> None:
     seen = []
     for default in (torch.float32, torch.float32, torch.float64, torch.bfloat16):
@@ -256,7 +255,7 @@ def test_same_inputs_give_the_same_bits_under_any_default_dtype(case: Case, path
     assert all(each == seen[0] for each in seen)
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_low_precision_is_float32_arithmetic_rounded_once(case: Case, path: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         optimizer = case.make(parameters(dtype=dtype, shapes=SHAPES), path)

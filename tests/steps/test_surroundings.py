@@ -14,7 +14,7 @@ from torch.optim.optimizer import (
 
 import fusedreg
 
-from cases import CASES, PATHS, SOME, Case, by_id, parameters, run, set_grads, tensors
+from cases import CASES, PATHS, SOME, Case, each_case, parameters, run, set_grads, tensors
 from compare import frozen, parameters_of, results, snapshot
 
 SHAPES = [(0,), (5, 3), (), (17,)]
@@ -58,7 +58,7 @@ def test_pre_hook_may_rewrite_the_arguments(path: str) -> None:
     assert optimizer.step() == 3.0
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_closure_makes_the_gradients_that_are_clipped_and_used(case: Case, path: str) -> None:
     ends = []
     for with_closure in (False, True):
@@ -92,7 +92,7 @@ def test_gradients_are_not_recorded(path: str) -> None:
     assert all(param.is_leaf and param.requires_grad for param in parameters_of(optimizer))
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_named_parameters_step_as_unnamed_ones(case: Case, path: str) -> None:
     named = [(f"layer.{i}", param) for i, param in enumerate(parameters())]
     optimizers = case.make(named, path), case.make(parameters(), path)
@@ -103,7 +103,7 @@ def test_named_parameters_step_as_unnamed_ones(case: Case, path: str) -> None:
     assert optimizers[0].state_dict()["param_groups"][0]["param_names"][0] == "layer.0"
 
 
-@pytest.mark.parametrize("case", **by_id(SOME))
+@each_case(SOME)
 def test_duplicate_in_a_group_is_stepped_and_counted_once(case: Case, path: str) -> None:
     (once,), (twice,) = parameters(shapes=[(3,)]), parameters(shapes=[(3,)])
     with pytest.warns(UserWarning, match="duplicate parameters"):
@@ -118,7 +118,7 @@ def test_duplicate_in_a_group_is_stepped_and_counted_once(case: Case, path: str)
     assert frozen(double.state.get(twice)) == frozen(single.state.get(once))
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES)
 def test_repr_shows_every_option_of_every_group(case: Case) -> None:
     params = parameters(shapes=[(1,), (2,)])
     groups = [{"params": [params[0]]}, {"params": [params[1]], "lr": torch.tensor(0.5)}]

@@ -23,7 +23,7 @@ from cases import (
     TORCH_CASES,
     TORCH_CLASSES,
     Case,
-    by_id,
+    each_case,
     parameters,
     run,
     set_grads,
@@ -127,7 +127,7 @@ def torch_trajectory(
     return trajectory(partial(torch_twin, case), dtype, shapes, run_in)
 
 
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@each_case(TORCH_CASES, all_on=("reference", "default"))
 def test_float64_trajectory_equals_torch(case: Case, path: str) -> None:
     actual = trajectory(partial(case.make, path=path), torch.float64, FEW)
     expected = torch_trajectory(case, torch.float64, FEW, torch.float64)
@@ -136,7 +136,7 @@ def test_float64_trajectory_equals_torch(case: Case, path: str) -> None:
     assert_close(actual, expected, ulps=8)
 
 
-@pytest.mark.parametrize("case", **by_id(UPSTREAM_CASES))
+@each_case(UPSTREAM_CASES, all_on=("reference", "default"))
 def test_optim_inputs_equal_torch(case: Case, path: str) -> None:
     actual = trajectory(partial(case.make, path=path), torch.float64, FEW)
     expected = torch_trajectory(case, torch.float64, FEW, torch.float64)
@@ -161,7 +161,7 @@ def assert_as_accurate_as_torch(case: Case, dtype: torch.dtype, path: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@each_case(TORCH_CASES, all_on=("reference", "default"))
 def test_error_is_at_most_one_and_a_half_of_torchs(
     case: Case, dtype: torch.dtype, path: str
 ) -> None:
@@ -171,14 +171,14 @@ def test_error_is_at_most_one_and_a_half_of_torchs(
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str
 )
-@pytest.mark.parametrize("case", **by_id(UPSTREAM_CASES))
+@each_case(UPSTREAM_CASES, all_on=("reference",))
 def test_optim_inputs_error_is_at_most_one_and_a_half_of_torchs(
     case: Case, dtype: torch.dtype
 ) -> None:
     assert_as_accurate_as_torch(case, dtype, "default")
 
 
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@each_case(TORCH_CASES, all_on=("reference", "default"))
 def test_low_precision_step_is_the_float64_step_rounded(case: Case, path: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         params = parameters(dtype=dtype, shapes=SIZES)
@@ -202,7 +202,7 @@ def test_low_precision_step_is_the_float64_step_rounded(case: Case, path: str) -
                     assert neighbours_apart(state, twin.state[wide][name].to(dtype)) <= 1
 
 
-@pytest.mark.parametrize("case", **by_id(CASES))
+@each_case(CASES, all_on=("reference", "default"))
 def test_every_size_equals_the_oracle(case: Case, path: str) -> None:
     for dtype in (torch.float64, torch.float32):
         params = parameters(dtype=dtype, shapes=SIZES)
@@ -217,7 +217,7 @@ def test_every_size_equals_the_oracle(case: Case, path: str) -> None:
         assert_close(params, expected, ulps=3 * 2)
 
 
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@each_case(TORCH_CASES, all_on=("reference", "default"))
 def test_complex_parameter_is_a_pair_of_reals(case: Case, path: str) -> None:
     make = partial(case.make, path=path)
     results = trajectory(make, torch.complex64, FEW)
@@ -267,7 +267,7 @@ def odd_layouts(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=lambda d: f"default-{d}")
-@pytest.mark.parametrize("case", **by_id(TORCH_CASES))
+@each_case(TORCH_CASES, all_on=("reference", "default"))
 def test_state_has_torchs_names_dtypes_and_layouts(
     case: Case, default: torch.dtype, path: str
 ) -> None:

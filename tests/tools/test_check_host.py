@@ -165,9 +165,9 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "divide": ("language", lambda a, b: a / b * (1 + 1e-5), "adam-decay"),
     "square_root": ("language", lambda x: x, "adam-decay"),
     "power": ("language", lambda base, exponent: base, "adam-decay"),
-    "CHUNK": ("engine", 32768, "sgd-none"),  # half of what chunks are counted by
+    "CHUNK": ("loops", 32768, "sgd-none"),  # half of what chunks are counted by
 }
-"""Name -> where in kernels/host it is, what it wrongly is, and a case that meets it."""
+"""Name -> where in kernels/cpu it is, what it wrongly is, and a case that meets it."""
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -188,9 +188,9 @@ def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = backend.host_kernels()
     for name in ("norm_loop", "rows_loop", "step_loop"):
         monkeypatch.setattr(launch, name, cache(getattr(launch, name).__wrapped__))
-    build, engine = (
-        importlib.import_module(f"fusedreg.kernels.cpu.{name}") for name in ("build", "engine")
+    compiler, loops = (
+        importlib.import_module(f"fusedreg.kernels.cpu.{name}") for name in ("compiler", "loops")
     )
-    anew = cache(build.device.__wrapped__)
-    monkeypatch.setattr(build, "device", anew)
-    monkeypatch.setattr(engine, "device", anew)
+    anew = cache(compiler.device.__wrapped__)
+    monkeypatch.setattr(compiler, "device", anew)
+    monkeypatch.setattr(loops, "device", anew)

@@ -1,0 +1,238 @@
+"""Plants faults into copies of the source, one by one, and runs the tests that must catch them.
+
+    python tests/faults.py            # all; exit status 1 if the short selection misses one
+    python tests/faults.py momentum   # those whose name or file has this word
+
+A test that cannot fail catches nothing. So each fault is a line that somebody could have written,
+on each of the three paths. It names the tests that should notice it. The table shows which of them
+did: first those of `make test`, and where these notice nothing, those of `make test-all`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("fusedreg", "kernels", "tests", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+TIMEOUT = 300
+"""Seconds for the tests of one fault. One that takes longer is not caught."""
+SHORT, LONG = ("-m", "not slow"), ()
+
+ORACLE = "steps/test_oracle.py"
+REFERENCE, CPU, GPU = (f"{ORACLE} -k {path}" for path in ("reference", "default", "fused"))
+AMP, CLIPPING = "steps/test_amp.py", "steps/test_clipping.py"
+DECAY, L1, STEP = "steps/test_decay.py", "steps/test_l1.py", "steps/test_step.py"
+STATE, FILES = "files/test_state.py", "files/test_checkpoints.py"
+
+
+class Fault(NamedTuple):
+    """One text of one file, and what stands wrongly in its place."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """Arguments of pytest, within tests/."""
+
+
+RULES, PENALTIES = "kernels/device/rules.py", "kernels/device/penalties.py"
+REFERENCE_STEP, PENALTY = "fusedreg/reference.py", "fusedreg/penalty.py"
+CHECKPOINT, DIST, NORMS = "fusedreg/checkpoint.py", "fusedreg/dist.py", "fusedreg/norms.py"
+MOMENTUM, GROUPS = "fusedreg/optimizers/momentum.py", "fusedreg/groups.py"
+ADAM, RMSPROP = "fusedreg/optimizers/adam.py", "fusedreg/optimizers/rmsprop.py"
+LOOPS, WALK, ROWS = "kernels/cpu/loops.py", "kernels/gpu/walk.py", "kernels/gpu/rows.py"
+OPTIMIZER, PLAN, WATCH = (
+    "fusedreg/optimizer.py",
+    "fusedreg/engine/plan.py",
+    "fusedreg/engine/watch.py",
+)
+
+FAULTS = [
+    # ---- rules and penalties of both compilers
+    Fault("count of Adam is frozen", RULES, "t = counts[0] + 1.0\n    correction1", "t = counts[0]\n    correction1", CPU),
+    Fault("no correction of the first moment", RULES, "correction1 = 1.0 - power(beta1, t)", "correction1 = t / t", CPU),
+    Fault("no root of the second correction", RULES, "square_root(1.0 - power(beta2, t))", "1.0 - power(beta2, t)", CPU),
+    Fault("eps before the correction", RULES, "divide(square_root(v), scalars[4]) + scalars[5]", "divide(square_root(v) + scalars[5], scalars[4])", CPU),
+    Fault("amsgrad takes the smallest", RULES, "tl.maximum(states[2], v, propagate_nan", "tl.minimum(states[2], v, propagate_nan", CPU),
+    Fault("first gradient is damped", RULES, "complement = tl.where(first, 1.0, 1.0 - dampening)", "complement = 1.0 - dampening", CPU),
+    Fault("nesterov without momentum of its own", RULES, "return g + scalars[2] * b, gain, states", "return g + b, gain, states", CPU),
+    Fault("threshold of nesterov is that of momentum", RULES, "return 1.0 + options[0] * mass, (", "return mass, (", CPU),
+    Fault("mass of a momentum is not stored", RULES, "return mass, scalars, (counts[0], mass)", "return mass, scalars, (counts[0], counts[1])", CPU),
+    Fault("lr_decay counts from 1", RULES, "(1.0 + counts[0] * lr_decay, eps)", "(1.0 + (counts[0] + 1.0) * lr_decay, eps)", CPU),
+    Fault("Lion moves its momentum first", RULES, "return direction, 1.0, (average(m, g, complement2),)", "return direction, 1.0, (average(m, g, complement1),)", CPU),
+    Fault("trust ratio upside down", RULES, "divide(square_root(param_squares), square_root(update_squares))", "divide(square_root(update_squares), square_root(param_squares))", CPU),
+    Fault("unused weights are wiped out", RULES, "gain = tl.where(v == 0.0, 0.0, reciprocal(d))", "gain = reciprocal(d)", L1),
+    Fault("average from the far end", RULES, "near_old = weight < 0.5", "near_old = weight >= 0.5", "steps/test_corners.py"),
+    Fault("threshold without gain", PENALTIES, "soft_threshold(w, threshold * gain)", "soft_threshold(w, threshold)", CPU),
+    Fault("decay adds", PENALTIES, "tl.where(weight_decay == 0.0, g, g + weight_decay * w)", "tl.where(weight_decay == 0.0, g, g - weight_decay * w)", CPU),
+    Fault("threshold misses NaN", PENALTIES, "small = tl.where(w == w, 0.0, w)", "small = 0.0", STEP),
+    Fault("threshold grows negative weights", PENALTIES, "w + threshold, small", "w - threshold, small", CPU),
+    # ---- reference
+    Fault("reference: averages are doubled", MOMENTUM, "half, half_new = 0.5 * old, 0.5 * new", "half, half_new = old, new", REFERENCE),
+    Fault("reference: mass of a reset buffer is warm", MOMENTUM, "torch.where(whole(buffer.any()), mass + (1 - dampening) / (1 - momentum), mass)", "mass + (1 - dampening) / (1 - momentum)", f"{L1} {STATE} steps/test_options.py"),
+    Fault("reference: bias correction left out", ADAM, "/ denominator / (1 - beta1 ** new[\"step\"])", "/ denominator", REFERENCE),
+    Fault("reference: centered without centre", RMSPROP, "(square - state[\"grad_avg\"] * state[\"grad_avg\"]).clamp(min=0)", "square", REFERENCE),
+    Fault("reference: maximize ignored", REFERENCE_STEP, "if settings[\"maximize\"]:", "if False:", REFERENCE),
+    Fault("reference: coupled for decoupled", REFERENCE_STEP, "if not (decoupled or is_zero(weight_decay)):", "if not is_zero(weight_decay):", REFERENCE),
+    Fault("reference: penalty twice", REFERENCE_STEP, "w = soft_threshold(w, rate * l1 * rule.gain(settings, moved.state))", "w = soft_threshold(w, 2 * rate * l1 * rule.gain(settings, moved.state))", REFERENCE),
+    Fault("reference: decay after the step", REFERENCE_STEP, "w = w * (1 - rate * moved.decay)\n    w = w - rate * moved.direction", "w = (w - rate * moved.direction) * (1 - rate * moved.decay)\n    else:\n        w = w - rate * moved.direction", REFERENCE),
+    Fault("reference: lr of 0 moves", REFERENCE_STEP, "skip | (lr == 0)", "skip", STEP),
+    Fault("reference: a skip changes moments", REFERENCE_STEP, "(state[name], value, skip) for name", "(state[name], value, False) for name", AMP),
+    Fault("reference: lr of 0 rewrites", REFERENCE_STEP, "if keep is not True and isinstance(target, Tensor)", "if isinstance(target, Tensor)", STEP),
+    Fault("reference: independent decay depends on lr", REFERENCE_STEP, "weight_decay = weight_decay / settings[\"decay_lr\"]", "pass", DECAY),
+    Fault("soft threshold is hard", PENALTY, "return torch.sgn(x) * (modulus - threshold).clamp(min=0) + 0.0", "return torch.where(modulus > threshold, x, 0.0)", "steps/test_penalty.py"),
+    Fault("subgradient at 0 is 1", PENALTY, "torch.where(w.isnan(), w, torch.sgn(w))", "torch.where(w < 0, -1.0, 1.0).to(w)", "steps/test_penalty.py"),
+    # ---- norms, clipping, scaling, ranks
+    Fault("clip without its 1e-6", NORMS, "(max_grad_norm / (norm + 1e-6))", "(max_grad_norm / norm)", CLIPPING),
+    Fault("clip enlarges", NORMS, ".clamp(max=1.0)", "", CLIPPING),
+    Fault("norm in the dtype of the gradient", NORMS, "torch.linalg.vector_norm(x, dtype=wide)", "torch.linalg.vector_norm(x).to(wide)", CLIPPING),
+    Fault("copies count as parts", DIST, "_squares(norm) / math.prod(mesh.size(dim) for dim in dims if dim not in spread.dims)", "_squares(norm)", "distributed/test_dtensors.py"),
+    Fault("norms are added, not squares", DIST, "return torch.stack([norm, norm / SCALE[norm.dtype]]).square()", "return torch.stack([norm, norm / SCALE[norm.dtype]])", "distributed"),
+    Fault("one group only counts for its mesh", DIST, "squares = squares + _sum_over_mesh(mesh, parts)", "squares = _sum_over_mesh(mesh, parts)", "distributed"),
+    Fault("scaler is not looked at", OPTIMIZER, "found_inf != 0\n", "found_inf == 1\n", f"{AMP} steps/test_torch_faults.py"),
+    Fault("loss scale multiplies", OPTIMIZER, "1.0 if loss_scale is None else 1.0 / loss_scale", "1.0 if loss_scale is None else 1.0 * loss_scale", AMP),
+    # ---- files and groups
+    Fault("a checkpoint narrows", CHECKPOINT, "state_dtype or torch.promote_types(value.dtype, param.dtype)", "state_dtype or param.dtype", f"{STATE} {FILES}"),
+    Fault("a count of bfloat16 stays one", CHECKPOINT, "dtype = torch.promote_types(count.dtype, least)", "dtype = count.dtype", f"{STATE} {FILES}"),
+    Fault("a file changes how to run", CHECKPOINT, "for name in (\"params\", *EXECUTION_FLAGS) if", "for name in (\"params\",) if", f"{STATE} {FILES}"),
+    Fault("a file of another class is loaded", CHECKPOINT, "if missing and foreign:", "if False:", FILES),
+    Fault("a file shares memory", CHECKPOINT, "value.detach().to(param.device, dtype, copy=True)", "value.detach().to(param.device, dtype)", f"{STATE} {FILES}"),
+    Fault("biases are penalised", GROUPS, "last == \"bias\" or last.startswith(\"bias_\")", "last == \"bias\"", "steps/test_groups.py"),
+    Fault("the first pattern wins", GROUPS, "options[matched].update(chosen)", "options[matched] = {**chosen, **options[matched]}", "steps/test_groups.py"),
+    Fault("a tied weight has one name", GROUPS, "model.named_parameters(remove_duplicate=False)", "model.named_parameters()", "steps/test_groups.py"),
+    # ---- kernels of a CPU
+    Fault("CPU: counts are not stored", LOOPS, "with when(place != 0):\n", "with when(place == 1):\n", CPU),
+    Fault("CPU: last element is left out", LOOPS, "return begin, where(begin + CHUNK < numel, begin + CHUNK, numel)", "return begin, where(begin + CHUNK < numel, begin + CHUNK, numel - 1)", CPU),
+    Fault("CPU: trust ratio spares the threshold", LOOPS, "rate, threshold = lr * ratio, threshold * ratio", "rate, threshold = lr * ratio, threshold * 1.0", CPU),
+    Fault("CPU: a skipped step is counted twice", LOOPS, "counter[0] = counter[0] + 1", "counter[0] = counter[0] + 2", AMP),
+    Fault("CPU: clip of a norm of NaN", LOOPS, "where(factor > 1.0, 1.0, factor)  # a NaN stays one", "where(factor < 1.0, factor, 1.0)", f"{CLIPPING} {AMP}"),
+    Fault("CPU: lr of 0 moves", LOOPS, "with when(lr != 0.0):", "with when(lr == lr):", STEP),
+    Fault("CPU: decay ignores decay_lr", LOOPS, "sent[line + DECOUPLED.value] / sent[line + DECAY_LR.value]", "sent[line + DECOUPLED.value] / 1.0", DECAY),
+    # ---- kernels of a GPU, interpreted
+    Fault("GPU: last block is not stored", WALK, "if rest < tl.minimum(begin + CHUNK, numel):\n            step_block(", "if rest > numel:\n            step_block(", GPU),
+    Fault("GPU: maximize ignored", ROWS, "tl.load(line + SIGN) * scale", "scale", GPU),
+    Fault("GPU: counts of the next tensor", WALK, "(1 + STATES + i) * tensors + tensor)\n        ptr", "(1 + STATES + i) * tensors)\n        ptr", GPU),
+    Fault("GPU: shrink takes the gain", ROWS, "gain + lr * tl.load(line + SHRINK)", "gain + lr * tl.load(line + SHRINK) * gain", GPU),
+    Fault("GPU: loss scale multiplies", ROWS, "scale = scale / tl.load(grad_scale)", "scale = scale * tl.load(grad_scale)", f"{AMP} -k fused"),
+    # ---- plans
+    Fault("addresses are never sent again", PLAN, "if not self.inventory.stale_tables:\n            return", "return", "kernels/test_plan.py kernels/test_same_memory.py"),
+    Fault("a moved gradient is not noticed", WATCH, "self.stale_grads = True\n        self.stale_tables =", "self.stale_tables =", "kernels/test_plan.py kernels/test_same_memory.py"),
+    Fault("a new gradient of an old parameter", WATCH, "if self.idle and any(", "if False and any(", "kernels/test_plan.py steps/test_step.py"),
+    Fault("a parameter keeps its version", PLAN, "if moved:\n", "if False:\n", "kernels steps/test_step.py steps/test_sequences.py"),
+]  # fmt: skip
+
+
+def planted(fault: Fault) -> str:
+    """The file with the fault; raises where its text is not there exactly once."""
+    source = (ROOT / fault.file).read_text()
+    if source.count(fault.old) != 1:
+        raise ValueError(f"{fault.file} has {source.count(fault.old)} times {fault.old!r}")
+    return source.replace(fault.old, fault.new)
+
+
+def copy_to(folder: Path) -> None:
+    """Everything that tests read, the kernels where an installed package has them."""
+    left_out = shutil.ignore_patterns("__pycache__", "integration")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=left_out)
+        else:
+            shutil.copy(source, folder / name)
+    (folder / "fusedreg" / "kernels").symlink_to(folder / "kernels")
+
+
+def first_failure(folder: Path, tests: str, selection: tuple[str, ...]) -> str | None:
+    """The test in a copy of the repository that fails first; None where all pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--benchmark-disable", "--tb=no"]
+    command += ["-p", "no:cacheprovider", *selection]
+    words = tests.split()
+    words = [f"tests/{word}" if (ROOT / "tests" / word).exists() else word for word in words]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, *words],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED tests/")]
+    if done.returncode == 1 and failed:
+        return failed[0].split(" - ")[0].removeprefix("FAILED tests/").rpartition("/")[2]
+    if done.returncode != 0:  # nothing was imported or collected, which no test can be praised for
+        raise RuntimeError(
+            f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return None
+
+
+def caught(fault: Fault) -> tuple[str | None, str | None]:
+    """What the short and the long selection of a fault's tests notice.
+
+    The long one has all tests of the short one, so that it runs only where that notices nothing.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_to(folder)
+        (folder / fault.file).write_text(planted(fault))
+        short = first_failure(folder, fault.tests, SHORT)
+        return short, short or first_failure(folder, fault.tests, LONG)
+
+
+def check_passes_without_faults(faults: list[Fault]) -> None:
+    """Raise where a test fails by itself: it would seem to catch every fault."""
+    with tempfile.TemporaryDirectory() as name:
+        copy_to(Path(name))
+        for tests in dict.fromkeys(fault.tests for fault in faults):
+            failure = first_failure(Path(name), tests, SHORT)
+            if failure is not None:
+                raise RuntimeError(f"{failure} fails without any fault")
+
+
+def main() -> int:
+    """Print the table; 1 if the tests of `make test` miss a fault."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="only faults with one of these in name or file")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time (2)")
+    parser.add_argument("--no-control", action="store_true", help="do not run without faults first")
+    options = parser.parse_args()
+    faults = [
+        fault
+        for fault in FAULTS
+        if not options.words or any(w in f"{fault.name} {fault.file}" for w in options.words)
+    ]
+    for fault in faults:
+        planted(fault)
+    if not options.no_control:
+        check_passes_without_faults(faults)
+    missed = 0
+    print(f"{'fault':<46} {'short':<6} {'long':<6} first test that fails", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for fault, (short, long) in zip(faults, pool.map(caught, faults), strict=True):
+            missed += short is None
+            answers = ("yes" if found else "NO" for found in (short, long))
+            print(
+                f"{fault.name:<46} {' '.join(f'{a:<6}' for a in answers)} {long or ''}", flush=True
+            )
+    print(f"{len(faults)} faults, {missed} not caught by the short selection")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

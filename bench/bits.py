@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,18 +27,16 @@ SHAPES = {"default": [(37,), (5, 7), (1,), (0,), (40, 33)], "fused": [(37,), (5,
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Of all bits."""
-    data = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()
+    bits = tensor.detach().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(bits.numpy().tobytes()).hexdigest()
 
 
 def digests() -> dict[str, dict[str, str]]:
     """Of parameters and states by step, in the version that is imported here."""
     import_module("interpreter")  # rounds to bfloat16 as a GPU does
-    try:
-        cases = import_module("fusedreg.check.cases").CASES
-    except ModuleNotFoundError:  # where older commits have it
-        cases = import_module("fusedreg.cases").CASES
+    # Older commits have the table elsewhere.
+    table = "fusedreg.check.cases" if find_spec("fusedreg.check.cases") else "fusedreg.cases"
+    cases = import_module(table).CASES
     found = {}
     for path, case, dtype, clip in product(SHAPES, cases, DTYPES, (None, 0.5)):
         generator = torch.Generator().manual_seed(3)
@@ -80,17 +79,15 @@ def main() -> None:
         tree = tree_of(resolve(arguments.base), Path(folder))
         base = digests_of(tree, tree / "tests", tree / "tests/lib")
     this = digests_of(ROOT / "tests", ROOT / "tests/lib")
-    differing = 0
-    for key in sorted(base.keys() | this.keys()):
-        one, other = base.get(key), this.get(key)
-        if one is None or other is None:
-            print(f"{key}: only in {'this tree' if one is None else arguments.base}")
-        elif names := [n for n in {**one, **other} if one.get(n) != other.get(n)]:
-            differing += 1
-            print(f"{key}: {', '.join(names)}")
-    both = len(base.keys() & this.keys())
-    print(f"{both} programs in both, {differing} of them differ in some bit")
-    raise SystemExit(differing > 0)
+    both = sorted(base.keys() & this.keys())
+    differing = [key for key in both if base[key] != this[key]]
+    for key in differing:
+        names = {**base[key], **this[key]}
+        print(f"{key}:", *(n for n in names if base[key].get(n) != this[key].get(n)), sep="  ")
+    for key in sorted(base.keys() ^ this.keys()):
+        print(f"{key}: only in {arguments.base if key in base else 'this tree'}")
+    print(f"{len(both)} programs in both, {len(differing)} of them differ in some bit")
+    raise SystemExit(bool(differing))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,6 @@ def of_targets(dry: bool) -> dict[str, Groups]:
 
 
 def all_shapes(dry: bool) -> dict[str, Groups]:
-    """The models and both sweeps under one name each."""
     return {**TINY, **TINY_SWEEP} if dry else {**MODELS, **SIZES, **TENSORS}
 
 

@@ -40,7 +40,6 @@ class Machine:
         return self.device.type == "cuda"
 
     def left(self) -> float:
-        """Seconds."""
         return self.deadline - time.monotonic()
 
     def wait(self) -> None:

@@ -26,13 +26,12 @@ FOR_TARGETS = 0.75
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
+    add, some = parser.add_argument, {"nargs": "+", "choices": METHODS, "metavar": "METHOD"}
     add("out", type=Path, nargs="?", default=LATEST, help="folder of the results")
     add("--budget", type=float, default=240, help="seconds (default: 240)")
     add("--quick", action="store_true", help="the first comparisons only")
     add("--targets", action="store_true", help="those of the path for CPUs only")
-    methods = {"nargs": "+", "choices": METHODS, "metavar": "METHOD"}
-    add("--methods", help="comparisons of these only", **methods)
+    add("--methods", help="comparisons of these only", **some)
     add("--base", metavar="REF", help="this tree beside another commit, instead")
     add("--sweep", action="store_true", help="other launch constants instead (GPU)")
     add("--commit", help="what to call the version that is timed")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -33,15 +32,7 @@ def setting_of(model: str, dtype: str) -> Setting:
 
 @pytest.mark.parametrize("implementation", ["fusedreg", REFERENCE, *TORCH, *OTHERS])
 @pytest.mark.parametrize(("model", "method", "dtype", "clip"), CASES)
-def test_step(
-    benchmark: Any,
-    request: Any,
-    model: str,
-    method: str,
-    dtype: str,
-    clip: bool,
-    implementation: str,
-) -> None:
+def test_step(benchmark, request, model, method, dtype, clip, implementation) -> None:
     makers, missing = contenders(METHODS[method])
     if implementation not in makers:
         pytest.skip(missing.get(implementation, f"has no {method}"))

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,8 +49,8 @@ def compare_versions(ref: str, machine: Machine, out: Path, quick: bool) -> str:
     todo = [job for job in jobs(machine.dry, quick, gpu=False) if job.kind in kinds]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        trees = {"base": tree_of(commit, folder / "tree"), "this": None}
-        workers = {name: stack.enter_context(process(tree)) for name, tree in trees.items()}
+        base = process(tree_of(commit, folder / "tree"))
+        workers = {"base": stack.enter_context(base), "this": stack.enter_context(process(None))}
         pace = 0.0
         for job in todo:
             numel = count(all_shapes(machine.dry)[job.model])
@@ -89,7 +88,7 @@ def one(job: Job, workers: dict[str, Executor], folder: Path, machine: Machine) 
     row = {"verdict": verdict, "bitwise_equal": equal}
     if verdict:
         return row
-    steps = {(name, ""): partial(milliseconds_of, worker) for name, worker in workers.items()}
+    steps = {(name, ""): lambda w=w: w.submit(step).result() for name, w in workers.items()}
     times = dict(zip(workers, rounds(steps, machine, before=machine.wait).values(), strict=True))
     ratios = [now / base for base, now in zip(times["base"], times["this"], strict=True)]
     of = {"base_ms": times["base"], "this_ms": times["this"], "ratio": ratios}
@@ -118,10 +117,6 @@ def make(job: Job, machine: Machine, results: Path) -> str:
 
 def step() -> float:
     return MADE["step"]()
-
-
-def milliseconds_of(worker: Executor) -> float:
-    return worker.submit(step).result()
 
 
 def beginning(job: Job, machine: Machine) -> tuple[Setting, Task]:

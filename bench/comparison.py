@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, product
 from typing import Any
+from unittest import mock
 
 import measure
 import torch
@@ -108,17 +109,13 @@ def compare(job: Job, shapes: Groups, makers: dict[str, Maker], machine: Machine
     for name, runner in runners.items():
         timed |= runner.timed(name, job.kind == "parts")
     times = rounds(timed, machine, setting.set_grads)
-    head = {field: getattr(job, field) for field in ("kind", "model", "method", "dtype", "clip")}
-    head |= {"scaled": job.scaled, "parameters": count(shapes), "tensors": len(setting.params)}
-    head["groups"] = len(shapes)
+    head = {**asdict(job), "scaled": job.scaled, "parameters": count(shapes)}
+    head |= {"tensors": len(setting.params), "groups": len(shapes)}
+    del head["compiled"]
     failed = {"part": "all", "matches": False}
-    rows: list[Row] = []
-    for name in makers:
-        if name in runners:
-            rows += rows_of(name, runners, times, job, head["parameters"])
-        else:
-            rows.append({"implementation": name, **failed, "verdict": failures[name]})
-    return [{**head, **row} for row in rows]
+    of = {name: rows_of(name, runners, times, job, head["parameters"]) for name in runners}
+    of |= {n: [{"implementation": n, **failed, "verdict": why}] for n, why in failures.items()}
+    return [{**head, **row} for name in makers for row in of[name]]
 
 
 def rows_of(name: str, runners: dict[str, Runner], times: Times, job: Job, numel: int) -> list[Row]:
@@ -187,21 +184,21 @@ def sweep(machine: Machine) -> list[Row]:
 
     shapes = TINY["tiny"] if machine.dry else [GPT2]
     setting = Setting(shapes, torch.float32, machine.device)
-    before = backend.BLOCK, backend.LAUNCH_OPTIONS["num_warps"], table.CHUNK
     grid = product((1024, 2048, 4096), (4, 8), (8192, 16384, 32768, 65536), (False, True))
     found: list[Row] = []
     for block, warps, chunk, clip in islice(grid, 2 if machine.dry else None):
         if machine.left() < 0:
             break
-        backend.BLOCK, backend.LAUNCH_OPTIONS["num_warps"] = block, warps
-        backend.CHUNK = table.CHUNK = chunk
         task = setting.task(METHODS["AdamW"], clip)
-        runner = prepare(fusedreg_on(machine)(setting.groups, task), setting, task, machine)
         row: Row = {"block": block, "warps": warps, "chunk": chunk, "clip": clip}
-        if runner.verdict.matches:
-            (times,) = rounds(runner.timed(""), machine, setting.set_grads).values()
-            row |= in_ms(times)
+        with (
+            mock.patch.multiple(backend, BLOCK=block, CHUNK=chunk),
+            mock.patch.dict(backend.LAUNCH_OPTIONS, num_warps=warps),
+            mock.patch.object(table, "CHUNK", chunk),
+        ):
+            runner = prepare(fusedreg_on(machine)(setting.groups, task), setting, task, machine)
+            if runner.verdict.matches:
+                (times,) = rounds(runner.timed(""), machine, setting.set_grads).values()
+                row |= in_ms(times)
         found.append({**row, "verdict": str(runner.verdict)})
-    backend.BLOCK, backend.LAUNCH_OPTIONS["num_warps"], table.CHUNK = before
-    backend.CHUNK = table.CHUNK
     return found

@@ -12,7 +12,6 @@ import pstats
 import statistics
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,9 +24,12 @@ TENSORS, GROUPS, NUMEL = 300, 2, 4
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2, "fused": True}
 CASES = ("addresses unchanged", "addresses changed")
 IMPLEMENTATIONS = {"fusedreg": fusedreg.AdamW, "torch": torch.optim.AdamW}
-PACKAGE = Path(fusedreg.__file__).parent
-SHOWN = 12
+SHOWN = 24
 """Functions of the profile."""
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In the place of a launch."""
 
 
 def no_launches() -> ExitStack:
@@ -37,7 +39,7 @@ def no_launches() -> ExitStack:
     launches = [(InterpretedFunction, "run"), (torch, "_fused_adamw_")]
     launches.append((torch, "_foreach_add_"))  # torch's step counts: one launch too
     for owner, name in launches:
-        stack.enter_context(mock.patch.object(owner, name, return_value=None))
+        stack.enter_context(mock.patch.object(owner, name, nothing))
     return stack
 
 
@@ -61,9 +63,8 @@ def set_grads(optimizer: Any, grads: list[torch.Tensor]) -> None:
 
 def measure(repeats: int) -> dict[tuple[str, str], list[float]]:
     """Seconds of each step, by case and implementation."""
-    times: dict[tuple[str, str], list[float]] = {
-        (case, name): [] for case in CASES for name in IMPLEMENTATIONS
-    }
+    times: dict[tuple[str, str], list[float]]
+    times = {(case, name): [] for case in CASES for name in IMPLEMENTATIONS}
     with no_launches():
         made = {name: make(cls) for name, cls in IMPLEMENTATIONS.items()}
         for repeat in range(repeats):
@@ -77,20 +78,15 @@ def measure(repeats: int) -> dict[tuple[str, str], list[float]]:
     return times
 
 
-def profile(repeats: int) -> dict[str, float]:
-    """Seconds that functions of the package take in a step whose addresses changed."""
+def profile(repeats: int) -> pstats.Stats:
+    """Where the time of a step goes whose addresses changed."""
     profiler = cProfile.Profile()
     with no_launches():
         optimizer, grads = make(fusedreg.AdamW)
         for repeat in range(repeats):
             set_grads(optimizer, grads[(repeat + 1) % 2])
             profiler.runcall(optimizer.step)
-    found = {
-        f"{Path(file).stem}.{name}": cumulative / repeats
-        for (file, _, name), (*_, cumulative, _) in pstats.Stats(profiler).stats.items()
-        if PACKAGE in Path(file).parents
-    }
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return pstats.Stats(profiler)
 
 
 def main() -> None:
@@ -100,9 +96,8 @@ def main() -> None:
     for (case, name), times in measure(1000).items():
         text = f"{name}, {case}"
         print(f"{text:<46}{min(times) * 1e6:>8.0f}{statistics.median(times) * 1e6:>8.0f}")
-    print("of which, addresses changed, under the profiler, with what they call:")
-    for name, seconds in list(profile(200).items())[:SHOWN]:
-        print(f"  {name:<44}{seconds * 1e6:>8.0f}")
+    print("200 steps whose addresses changed, under the profiler:")
+    profile(200).strip_dirs().sort_stats("cumulative").print_stats(SHOWN)
 
 
 if __name__ == "__main__":

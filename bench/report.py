@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 from collections.abc import Collection, Iterable
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +56,17 @@ def new_report(commit: str | None, bandwidths: dict[str, float]) -> Report:
 
 def traffic() -> list[Row]:
     """Bytes per parameter by arithmetic, for the figure of them."""
-    return [
-        {
-            "method": name,
-            "dtype": dtype,
-            "scaled": scaled,
-            "needed_bytes": size.itemsize * needed_numbers(method, clip=True),
-            **{
-                who: {part: size.itemsize * n for part, n in moved.items()}
-                for who in ("fusedreg kernels", "torch fused", "torch foreach")
-                if (moved := moved_numbers(method, True, scaled, who))
-            },
-        }
-        for name, method in METHODS.items()
-        for dtype, size in DTYPES.items()
-        for scaled in (False, True)
-    ]
+    rows = []
+    for (name, method), (dtype, kind), scaled in product(
+        METHODS.items(), DTYPES.items(), (False, True)
+    ):
+        size, row = kind.itemsize, {"method": name, "dtype": dtype, "scaled": scaled}
+        row["needed_bytes"] = size * needed_numbers(method, clip=True)
+        for who in ("fusedreg kernels", "torch fused", "torch foreach"):
+            if moved := moved_numbers(method, True, scaled, who):
+                row[who] = {part: size * n for part, n in moved.items()}
+        rows.append(row)
+    return rows
 
 
 def git_commit() -> str | None:
@@ -132,8 +127,7 @@ def as_text(report: Report) -> str:
         headings = [name.replace("_", " ") for name in constants[0]]
         table = new_table("AdamW, float32, other launch constants", *headings, right=headings)
         for row in constants:
-            cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
-            table.add_row(*cells)
+            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
         parts += ["", table]
     why = [f"{name}: {reason}" for name, reason in report["not_installed"].items()]
     for title, lines in (("Left out:", report["left_out"]), ("Not here:", why)):

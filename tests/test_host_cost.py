@@ -54,7 +54,7 @@ def test_what_is_timed_are_launches(host: ModuleType) -> None:
     assert not any(optimizer.state[p]["step"] for g in optimizer.param_groups for p in g["params"])
 
 
-def test_the_profile_is_of_the_package(host: ModuleType) -> None:
-    found = host.profile(1)
-    assert all(seconds > 0 for seconds in found.values())
-    assert len(found) > host.SHOWN
+def test_the_profile_is_of_steps(host: ModuleType) -> None:
+    package = str(Path(host.fusedreg.__file__).parent)
+    names = {name for file, _, name in host.profile(1).stats if file.startswith(package)}
+    assert "step" in names

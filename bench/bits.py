@@ -87,7 +87,7 @@ def main() -> None:
     for key in sorted(base.keys() ^ this.keys()):
         print(f"{key}: only in {arguments.base if key in base else 'this tree'}")
     print(f"{len(both)} programs in both, {len(differing)} of them differ in some bit")
-    raise SystemExit(bool(differing))
+    raise SystemExit(min(len(differing), 1))
 
 
 if __name__ == "__main__":

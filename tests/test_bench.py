@@ -424,6 +424,27 @@ def test_another_commit_is_timed_in_turns_with_this_tree(tmp_path: Path) -> None
         assert row["ratio"]["median"] == ratio  # of the one round of a dry run
 
 
+def test_bits_that_differ_are_told(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bits, zero = bench("bits"), torch.zeros(2)
+    same = {"parameter 0": bits.digest(zero), "step 0": bits.digest(torch.tensor(3.0))}
+    commits = [
+        {"adam": same, "lion": same, "lamb": same},
+        {"adam": same, "lion": {**same, "parameter 0": bits.digest(-zero)}, "sgd": same},
+    ]
+    monkeypatch.setattr(bits, "digests_of", lambda *_: commits.pop(0))
+    monkeypatch.setattr(sys, "argv", ["bits.py", "--base", "HEAD"])
+    with pytest.raises(SystemExit, match="1"):
+        bits.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "lion:  parameter 0",
+        "lamb: only in HEAD",
+        "sgd: only in this tree",
+        "2 programs in both, 1 of them differ in some bit",
+    ]
+
+
 @pytest.mark.parametrize("module", ["measure", "methods", "page", "report", "verify"])
 def test_examples_in_docstrings(bench: Any, module: str) -> None:
     failed, tried = doctest.testmod(bench(module))

@@ -1,68 +1,187 @@
-"""What the stepper, the engine and the reference path need of an optimizer."""
+"""What an optimizer supplies: its options, its states and its rule, once for each path.
+
+The stepper, the engine and the reference path see an optimizer as the `UpdateRule` that it is. A
+subclass of FusedOptimizer sets the attributes below and overrides `update` and `device_rule`, and
+of the other methods those that differ. docs/adding-an-optimizer.md goes through two.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fusedreg.formats import Format
+from fusedreg.checks import misspelt
+from fusedreg.formats import Format, Plain, planes_of
 from fusedreg.kernels.contract import Rule as DeviceRule
-from fusedreg.penalties import Penalty
-from fusedreg.scalars import Count
+from fusedreg.options import (
+    Option,
+    StepOptions,
+    TorchOptions,
+    complete_signature,
+    declarations,
+    nearest,
+)
+from fusedreg.penalties import L1, L2, L1Options, L2Options, Penalty
+from fusedreg.scalars import Count, Number
 from fusedreg.types import ParamGroup, Settings, State, Update
 
 
-class UpdateRule(Protocol):
-    """An optimizer. FusedOptimizer is one, and documents each of these."""
+class Options(L2Options, L1Options, StepOptions, total=False):
+    """Options that every class here has and no class of torch.optim."""
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The options of a group, and what they are without a word of the user."""
 
-    @property
-    def own_options(self) -> frozenset[str]:
-        """Options that belong to the optimizer, so that no group may have them."""
+class AllOptions(TorchOptions, StepOptions, L1Options, L2Options, total=False):
+    """All options that every class here has."""
 
-    @property
-    def tensor_states(self) -> tuple[str, ...]:
-        """Names of the states shaped like the parameter."""
 
-    @property
-    def counts(self) -> Mapping[str, Count]:
-        """The states of one number."""
+class UpdateRule:
+    """Base class of what an optimizer supplies."""
 
-    @property
-    def late_states(self) -> tuple[str, ...]:
-        """Those that an option turned on later adds."""
+    defaults: dict[str, Any]
+    """The options of a group, each with its value where a group does not say otherwise."""
+    tensor_states: tuple[str, ...] = ()
+    """Names of the states shaped like the parameter."""
+    counts: Mapping[str, Count] = MappingProxyType({})
+    """The states of one number by name, such as `{"step": Count()}`, in the device rule's order."""
+    late_states: tuple[str, ...] = ()
+    """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
+    device_options: tuple[str, ...] = ()
+    """Names of the options that the device rule takes, in its order; a pair counts as two."""
+    option_sets: ClassVar[tuple[type, ...]] = (TorchOptions, StepOptions)
+    """TypedDicts that declare options, except those of penalties, `lr` and the rule's own."""
+    option_defaults: Mapping[str, object] = MappingProxyType({})
+    """Defaults of this class for declared options; the others have those of their declaration."""
+    fixed_options: Mapping[str, object] = MappingProxyType({})
+    """Options that every group has, whatever a checkpoint of another class says."""
+    declared_options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
+    """All of `option_sets` and of `penalties`, by name."""
+    own_options: frozenset[str] = frozenset()
+    """Options that belong to the optimizer, so that no group may have them."""
+    penalties: tuple[Penalty, ...] = (L1(), L2())
+    """What a step adds to the rule, in this order at each stage; see penalties/base.py."""
+    layerwise: bool = False
+    """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
 
-    @property
-    def device_options(self) -> tuple[str, ...]:
-        """Options that the device rule takes."""
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Complete the signature, and raise if kernels would run another rule than `update`."""
+        super().__init_subclass__(**kwargs)
+        cls._declare_options()
+        owner = {
+            name: next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
+            for name in ("update", "device_rule")
+        }
+        if owner["update"] < owner["device_rule"]:
+            raise TypeError(
+                f"{cls.__name__} overrides update but not device_rule, so kernels would still "
+                "run the rule that it inherits: return the Rule that computes the same from "
+                "device_rule, or None for the reference path"
+            )
 
-    @property
-    def penalties(self) -> tuple[Penalty, ...]:
-        """What a step adds to the rule."""
+    @classmethod
+    def _declare_options(cls) -> None:
+        """Gather all options, also those of penalties; show them in the constructor's signature."""
+        sets = (*cls.option_sets, *(penalty.options for penalty in cls.penalties))
+        cls.declared_options = MappingProxyType(declarations(*sets))
+        options = cls.declared_options.items()
+        cls.own_options = frozenset(name for name, option in options if not option.of_group)
+        changed = {**cls.option_defaults, **cls.fixed_options}
+        complete_signature(cls, changed, sets)
 
-    @property
-    def layerwise(self) -> bool:
-        """Whether lr is multiplied by the trust ratio of each tensor."""
+    @classmethod
+    def _class_defaults(cls) -> dict[str, object]:
+        """The values of declared options where the constructor is given none."""
+        declared = {name: option.default for name, option in cls.declared_options.items()}
+        return {**declared, **cls.option_defaults, **cls.fixed_options}
+
+    @classmethod
+    def _check_names(cls, defaults: Mapping[str, object], options: Mapping[str, object]) -> None:
+        """Raise TypeError for a name that is no option, or if one that is needed is missing."""
+        who, declared = cls.__name__, cls.declared_options
+        parameters = inspect.signature(cls).parameters
+        for name in options:
+            if name not in declared:
+                raise TypeError(
+                    f"{who}.__init__() got an unexpected keyword argument {name!r}"
+                    f"{nearest(name, parameters)}"
+                )
+        for name in defaults:
+            own = name in parameters or name in ("lr", *cls.device_options)
+            near = misspelt(name, declared)
+            if near is not None and not own and name not in declared:
+                raise TypeError(
+                    f"{who} has no option {name!r}, which is among its defaults. "
+                    f"Did you mean {near!r}?"
+                )
+        for name in ("lr", *cls.device_options):
+            if name not in declared and name not in defaults and name not in options:
+                raise TypeError(f"{who} has no option {name!r} among its defaults")
+
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
+        """Raise ValueError where an option of this class is out of range.
+
+        Args:
+            group: the options.
+            read_device: whether numbers on an accelerator may be read, which waits for it.
+        """
 
     def states(self, group: Settings) -> tuple[str, ...]:
-        """Those of `tensor_states` that a step of this group moves."""
+        """Those of `tensor_states` that a step of this group moves, in their order: here all."""
+        return self.tensor_states
+
+    def first_value(self, group: Settings, name: str) -> Number:
+        """What every entry of a tensor state is before the first step: here 0."""
+        return 0.0
 
     def state_format(self, group: Settings, param: Tensor) -> Format:
-        """How they are stored."""
+        """How the tensor states of a parameter are stored: here as `state_dtype` says."""
+        return Plain(group["state_dtype"])
 
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Create what `state` lacks."""
+        """Create what `state` lacks for the next step of `param`: counts, and zeros for `states`.
+
+        Counts in `late_states` are not created.
+        """
+        for name, count in self.counts.items():
+            if name not in state and name not in self.late_states:
+                state[name] = count.create(param)
+        storage = self.state_format(group, param)
+        for name in self.states(group):
+            planes = planes_of(storage, [name])
+            if planes[0] not in state:
+                created = storage.create(param, self.first_value(group, name))
+                state.update(zip(planes, created, strict=True))
 
     def device_rule(self, group: Settings) -> DeviceRule | str | None:
-        """What kernels run; None where `update` may do what is not elementwise."""
+        """The rule for kernels: a `fusedreg.kernels.device.rules.Rule`, or the name of one there.
+
+        None, as here, leaves all parameters of the group to the reference path.
+        """
+        return None
 
     def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
-        """The rule in torch operations."""
+        """The rule in torch operations: (direction, gain, new state). It writes into no tensor.
+
+        Args:
+            settings: the options of the group, each number as a float or a 0-dim tensor.
+            state: the old state. Moments have the dtype of the arithmetic and counts are numbers. A
+                count of `late_states` may be missing.
+            grad: the gradient after loss scale, clipping and coupled penalties.
+
+        Returns:
+            The direction, which lr multiplies. The gain, a number or a tensor: what a constant
+            gradient of 1 makes of the direction. With l1_mode="prox" the threshold is
+            lr * gain * l1, whose fixed point minimises loss + l1 * |w|. And the states that have
+            changed, by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no update")
 
     def validate(self, group: ParamGroup, read_device: bool = False) -> None:
-        """Raise where an option is out of range; make plain what is a number or a pair."""
+        """Raise if an option is out of range; make numbers and pairs plain ones."""
+        raise NotImplementedError
+
+
+UpdateRule._declare_options()

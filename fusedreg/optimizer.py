@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from types import MappingProxyType
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
     StateDict,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
 )
 from typing_extensions import Unpack
 
 from fusedreg import backend, checkpoint, dist
+from fusedreg.amp import supports_amp_scaling
 from fusedreg.checks import (
     check_keys,
     check_number,
     check_param,
-    misspelt,
 )
+from fusedreg.contract import AllOptions, UpdateRule
 from fusedreg.dist import Group, ProcessGroup
-from fusedreg.formats import Format, Plain, planes_of
-from fusedreg.options import (
-    Option,
-    StepOptions,
-    TorchOptions,
-    complete_signature,
-    declarations,
-    nearest,
-)
-from fusedreg.penalties import L1, L2, L1Options, L2Options, Penalty
-from fusedreg.scalars import Count, Number, pair, settled
+from fusedreg.hooks import with_grad_mode, with_hooks
+from fusedreg.scalars import pair, settled
 from fusedreg.stepper import (
     NOTHING,
     Outcome,
@@ -51,7 +37,7 @@ from fusedreg.stepper import (
     home,
     params_of,
 )
-from fusedreg.types import ParamGroup, Settings, State, Update
+from fusedreg.types import ParamGroup
 
 
 @dataclass
@@ -71,53 +57,11 @@ class OptimizerOptions:
     """Keys of groups that look like a misspelt option and that there was a warning of."""
 
 
-class Options(L2Options, L1Options, StepOptions, total=False):
-    """Options that every class here has and no class of torch.optim."""
-
-
-class AllOptions(TorchOptions, StepOptions, L1Options, L2Options, total=False):
-    """All options that every class here has."""
-
-
 PLAIN = frozenset((float, int, bool, str, tuple, list, type(None), torch.dtype))
 """Types of options that stay as they are."""
 
-LIGHTNING = ("lightning_fabric.plugins.precision.amp", "lightning.fabric.plugins.precision.amp")
-"""Where Lightning, under either name, asks whether an optimizer unscales gradients by itself."""
 
-
-def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` with hooks and a profiler's record, as torch has it, entered only where there is one.
-
-    torch's wrapper takes 5 us, as long as the rest of a small step.
-    """
-    whole = Optimizer.profile_hook_step(step)
-
-    @wraps(step)
-    def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        watched = (
-            profiler._is_profiler_enabled
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
-        # Where torch has wrapped the step of a subclass, the hooks have been called.
-        called = getattr(type(self).step, "__code__", None) is whole.__code__
-        return (step if called or not watched else whole)(self, *args, **kwargs)
-
-    wrapper.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it again
-    return wrapper
-
-
-class _Names:
-    """The names of a class's `counts`, also where it is read from the class."""
-
-    def __get__(self, _: object, owner: type[FusedOptimizer]) -> tuple[str, ...]:
-        return tuple(owner.counts)
-
-
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(UpdateRule, Optimizer):
     """Base class: clipping, penalties, loss scaling, skipping and checkpoints around one rule.
 
     A subclass supplies a signature, the names of its states, `update` and `device_rule`;
@@ -136,31 +80,6 @@ class FusedOptimizer(Optimizer):
         TypeError: there is no such option, or a name in `defaults` is a misspelt one.
         ValueError: an option is out of range.
     """
-
-    tensor_states: tuple[str, ...] = ()
-    """Names of the states shaped like the parameter."""
-    counts: Mapping[str, Count] = MappingProxyType({})
-    """The states of one number by name, such as `{"step": Count()}`, in the device rule's order."""
-    scalar_states = _Names()
-    """Names of `counts`."""
-    late_states: tuple[str, ...] = ()
-    """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
-    device_options: tuple[str, ...] = ()
-    """Names of the options that the device rule takes, in its order; a pair counts as two."""
-    option_sets: ClassVar[tuple[type, ...]] = (TorchOptions, StepOptions)
-    """TypedDicts that declare options, except those of penalties, `lr` and the rule's own."""
-    option_defaults: Mapping[str, object] = MappingProxyType({})
-    """Defaults of this class for declared options; the others have those of their declaration."""
-    fixed_options: Mapping[str, object] = MappingProxyType({})
-    """Options that every group has, whatever a checkpoint of another class says."""
-    declared_options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
-    """All of `option_sets` and of `penalties`, by name."""
-    own_options: frozenset[str] = frozenset()
-    """Options that belong to the optimizer, so that no group may have them."""
-    penalties: tuple[Penalty, ...] = (L1(), L2())
-    """What a step adds to the rule, in this order at each stage; see penalties/base.py."""
-    layerwise: bool = False
-    """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
 
     # Class attributes, so that an optimizer pickled by an older version has them too.
     _splitter: str | None = None
@@ -195,60 +114,6 @@ class FusedOptimizer(Optimizer):
             spreads = map(dist.spread_of, params_of(self.param_groups))
             check_norm_is_global(spreads, self._splitter, self.process_group)
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        """Complete the signature, and raise if kernels would run another rule than `update`."""
-        super().__init_subclass__(**kwargs)
-        cls._declare_options()
-        owner = {
-            name: next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
-            for name in ("update", "device_rule")
-        }
-        if owner["update"] < owner["device_rule"]:
-            raise TypeError(
-                f"{cls.__name__} overrides update but not device_rule, so kernels would still "
-                "run the rule that it inherits: return the Rule that computes the same from "
-                "device_rule, or None for the reference path"
-            )
-
-    @classmethod
-    def _declare_options(cls) -> None:
-        """Gather all options, also those of penalties; show them in the constructor's signature."""
-        sets = (*cls.option_sets, *(penalty.options for penalty in cls.penalties))
-        cls.declared_options = MappingProxyType(declarations(*sets))
-        options = cls.declared_options.items()
-        cls.own_options = frozenset(name for name, option in options if not option.of_group)
-        changed = {**cls.option_defaults, **cls.fixed_options}
-        complete_signature(cls, changed, sets)
-
-    @classmethod
-    def _class_defaults(cls) -> dict[str, object]:
-        """The values of declared options where the constructor is given none."""
-        declared = {name: option.default for name, option in cls.declared_options.items()}
-        return {**declared, **cls.option_defaults, **cls.fixed_options}
-
-    @classmethod
-    def _check_names(cls, defaults: Mapping[str, object], options: Mapping[str, object]) -> None:
-        """Raise TypeError for a name that is no option, or if one that is needed is missing."""
-        who, declared = cls.__name__, cls.declared_options
-        parameters = inspect.signature(cls).parameters
-        for name in options:
-            if name not in declared:
-                raise TypeError(
-                    f"{who}.__init__() got an unexpected keyword argument {name!r}"
-                    f"{nearest(name, parameters)}"
-                )
-        for name in defaults:
-            own = name in parameters or name in ("lr", *cls.device_options)
-            near = misspelt(name, declared)
-            if near is not None and not own and name not in declared:
-                raise TypeError(
-                    f"{who} has no option {name!r}, which is among its defaults. "
-                    f"Did you mean {near!r}?"
-                )
-        for name in ("lr", *cls.device_options):
-            if name not in declared and name not in defaults and name not in options:
-                raise TypeError(f"{who} has no option {name!r} among its defaults")
-
     @classmethod
     def __subclasses__(cls) -> list[type]:
         """Those below this class that no class of torch.optim has below it too.
@@ -260,67 +125,6 @@ class FusedOptimizer(Optimizer):
             for below in type.__subclasses__(cls)
             if not any(base.__module__.startswith("torch.optim.") for base in below.__bases__)
         ]
-
-    # ---- the contract: a subclass overrides the last two, and the others where they differ -------
-
-    def check_group(self, group: ParamGroup, read_device: bool) -> None:
-        """Raise ValueError where an option of this class is out of range.
-
-        Args:
-            group: the options.
-            read_device: whether numbers on an accelerator may be read, which waits for it.
-        """
-
-    def states(self, group: Settings) -> tuple[str, ...]:
-        """Those of `tensor_states` that a step of this group moves, in their order: here all."""
-        return self.tensor_states
-
-    def first_value(self, group: Settings, name: str) -> Number:
-        """What every entry of a tensor state is before the first step: here 0."""
-        return 0.0
-
-    def state_format(self, group: Settings, param: Tensor) -> Format:
-        """How the tensor states of a parameter are stored: here as `state_dtype` says."""
-        return Plain(group["state_dtype"])
-
-    def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Create what `state` lacks for the next step of `param`: counts, and zeros for `states`.
-
-        Counts in `late_states` are not created.
-        """
-        for name, count in self.counts.items():
-            if name not in state and name not in self.late_states:
-                state[name] = count.create(param)
-        storage = self.state_format(group, param)
-        for name in self.states(group):
-            planes = planes_of(storage, [name])
-            if planes[0] not in state:
-                created = storage.create(param, self.first_value(group, name))
-                state.update(zip(planes, created, strict=True))
-
-    def device_rule(self, group: Settings) -> Any:
-        """The rule for kernels: a `fusedreg.kernels.device.rules.Rule`, or the name of one there.
-
-        None, as here, leaves all parameters of the group to the reference path.
-        """
-        return None
-
-    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
-        """The rule in torch operations: (direction, gain, new state). It writes into no tensor.
-
-        Args:
-            settings: the options of the group, each number as a float or a 0-dim tensor.
-            state: the old state. Moments have the dtype of the arithmetic and counts are numbers. A
-                count of `late_states` may be missing.
-            grad: the gradient after loss scale, clipping and coupled penalties.
-
-        Returns:
-            The direction, which lr multiplies. The gain, a number or a tensor: what a constant
-            gradient of 1 makes of the direction. With l1_mode="prox" the threshold is
-            lr * gain * l1, whose fixed point minimises loss + l1 * |w|. And the states that have
-            changed, by name.
-        """
-        raise NotImplementedError(f"{type(self).__name__} defines no update")
 
     # ---- what belongs to the optimizer ---------------------------------------------------------
 
@@ -425,17 +229,8 @@ class FusedOptimizer(Optimizer):
 
         Read from the groups, so that a copy or an unpickled optimizer has it too.
         """
-        if not any(group["fused"] for group in self.param_groups):
-            return False
-        # What overflowed here is not all that did. Only a scaler that unscales sums it over ranks,
-        # and of the two only ShardedGradScaler does.
-        if self._own.process_group is not None or self._splitter is not None:
-            return False
-        if dist.FLATTENED in map(dist.spread_of, params_of(self.param_groups)):
-            return False
-        # Lightning clips no gradients where it sees this, though GradScaler lets such an optimizer
-        # step with gradients that were unscaled before. So it unscales and clips, and this skips.
-        return sys._getframe(1).f_globals.get("__name__") not in LIGHTNING
+        split = self._own.process_group is not None or self._splitter is not None
+        return supports_amp_scaling(self.param_groups, split, asked_by=sys._getframe(1))
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -445,7 +240,7 @@ class FusedOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # private, but what torch.optim itself uses
-    @_with_hooks
+    @with_hooks
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform a single optimization step.
 
@@ -466,31 +261,22 @@ class FusedOptimizer(Optimizer):
         step, each parameter and its state are those of before it or of after it.
         """
         self._opt_called = True
-        loss = None
-        grad_mode = torch.is_grad_enabled()
-        # No context manager: an interrupt inside its entry would leave the mode changed. And twice:
-        # one may come before the first of two statements, or between them.
         try:
-            try:
-                if closure is not None:
-                    torch._C._set_grad_enabled(True)
-                    loss = closure()
-                torch._C._set_grad_enabled(False)
-                self._own.outcome = self._stepper.step(
-                    self, self.param_groups, self.state, self._wishes()
-                )
-            except BaseException:
-                self._stepper.forget()  # its plan may not say any more what its tables hold
-                raise
-            finally:
-                torch._C._set_grad_enabled(grad_mode)
-        finally:
-            torch._C._set_grad_enabled(grad_mode)
+            loss = None if closure is None else with_grad_mode(True, closure)
+            with_grad_mode(False, self._step)
+        except BaseException:
+            self._stepper.forget()  # its plan may not say any more what its tables hold
+            raise
         return loss
 
     # Schedulers wrap `step` to learn whether it was called, and fail to wrap a compiled one. This
     # name tells them that `step` reports by itself, through `_opt_called`.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a mark on a function
+
+    def _step(self) -> None:
+        """Step, without autograd."""
+        own = self._own
+        own.outcome = self._stepper.step(self, self.param_groups, self.state, self._wishes())
 
     def _wishes(self) -> Wishes:
         """What is asked of a step for all groups together."""
@@ -628,6 +414,3 @@ class FusedOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             self._copy_options(group)
-
-
-FusedOptimizer._declare_options()

@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from fusedreg.checks import check_betas, check_number
-from fusedreg.optimizer import FusedOptimizer, Options
+from fusedreg.contract import Options
+from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import average
 from fusedreg.scalars import Count, pair
 from fusedreg.types import ParamGroup, Settings, State, Update

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from fusedreg.optimizer import Options
+from fusedreg.contract import Options
 from fusedreg.optimizers.adam import Adam, Betas
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from fusedreg.optimizer import FusedOptimizer, Options
+from fusedreg.contract import Options
+from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.adam import Adam, Betas, checked_betas
 
 

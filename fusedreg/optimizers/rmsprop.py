@@ -10,8 +10,9 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
+from fusedreg.contract import Options
 from fusedreg.formats import planes_in
-from fusedreg.optimizer import FusedOptimizer, Options
+from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import (
     MASS,
     average,

@@ -118,7 +118,7 @@ def check(rule: Rule, states: int, counts: int, options: int) -> None:
         number = work.constant(1.0)
         _, scalars, new = _returned(rule.scalars, (number,) * options, (number,) * counts)
         _check_length(rule.scalars, "scalars", scalars, rule.width, "the width of the Rule")
-        _check_length(rule.scalars, "counts", new, counts, "scalar_states")
+        _check_length(rule.scalars, "counts", new, counts, "`counts`")
         _, _, new = _returned(rule.tile, number, (number,) * states, scalars)
         _check_length(rule.tile, "states", new, states, "states(group)")
 

@@ -8,7 +8,7 @@ once.
 
     scalars(options, counts) -> (gain, scalars, counts)
         options  what the class lists in `device_options`, in that order
-        counts   its `scalar_states`; 1 where a parameter has none
+        counts   its `counts` in order; 1 where a parameter has none
         gain     displacement per unit of a constant gradient, over lr, where elements share it
     rule(g, states, scalars) -> (direction, gain, states)
         g        the penalised gradient

@@ -81,7 +81,7 @@ def rows_kernel(
     )
     tl.static_assert(len(scalars) == COUNT, "the rule returns more or fewer scalars than its width")
     tl.static_assert(
-        len(new) == len(COUNT_DTYPES), "the rule returns more or fewer counts than scalar_states"
+        len(new) == len(COUNT_DTYPES), "the rule returns more or fewer counts than `counts` lists"
     )
     written = record + scalars + new
     for i in tl.static_range(len(written)):

@@ -563,8 +563,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
     ),
     "counts": (
         {"counts": {"step": Count(), "mass": Count()}, "late_states": ("mass",)},
-        r"own_scalars returns 1 counts, but scalar_states says 2",
-        "more or fewer counts than scalar_states",
+        r"own_scalars returns 1 counts, but `counts` says 2",
+        "more or fewer counts than `counts` lists",
     ),
     "states": (
         with_tile(rules.rmsprop),

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import fusedreg
-from fusedreg.optimizer import AllOptions, Options
+from fusedreg.contract import AllOptions, Options
 from fusedreg.options import Option, declarations
 
 from cases import CLASSES, TORCH_CLASSES, parameters

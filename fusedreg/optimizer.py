@@ -710,7 +710,7 @@ class FusedOptimizer(Optimizer):
             )
 
     def _check_tensors_are_whole(self) -> None:
-        """Raise where norms of tensors are needed and nobody knows of what a part is one."""
+        """Raise if per-tensor norms are needed but a shard does not know its full tensor."""
         if self.layerwise and dist.FLATTENED in self._spreads():
             raise RuntimeError(
                 f"{type(self).__name__} needs the norm of each tensor, but "
@@ -771,7 +771,7 @@ class FusedOptimizer(Optimizer):
         return scale, skip
 
     def _squares_of_parts(self, rest: Work, scale: Number) -> dict[Tensor, Tensor]:
-        """The sums of squares of what is here of DTensors that the reference steps."""
+        """The local sums of squares of DTensors that the reference steps."""
         found = {}
         for group, params in rest:
             settings = self._settings(group, params)
@@ -806,7 +806,7 @@ class FusedOptimizer(Optimizer):
                 number(skip, device),
                 squares.get(param),
             )
-            if before is not None and part._version != before:  # of which a DTensor does not know
+            if before is not None and part._version != before:  # a DTensor does not notice
                 torch.autograd.graph.increment_version(param)
 
     def _reference_arguments(

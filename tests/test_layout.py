@@ -20,6 +20,7 @@ LAYERS = [
     "penalty",
     "norms",
     "checks",
+    "options",
     "checkpoint",
     "reference",
     "backend",

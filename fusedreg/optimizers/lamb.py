@@ -61,6 +61,7 @@ class LAMB(Adam):
         RuntimeError: parameters flattened by FullyShardedDataParallel, which hides the borders of
             tensors.
 
+    >>> import torch
     >>> w = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
     >>> optimizer = LAMB([w], lr=0.1, eps=0.0, weight_decay=0.0)
     >>> w.grad = torch.tensor([2.0, 1.0])

@@ -58,8 +58,10 @@ class LAMB(Adam):
     Raises also what :class:`fusedreg.Adam` raises.
 
     Raises:
-        RuntimeError: parameters of FullyShardedDataParallel, which says of none where it ends.
+        RuntimeError: parameters flattened by FullyShardedDataParallel, which hides the borders of
+            tensors.
 
+    >>> import torch
     >>> w = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
     >>> optimizer = LAMB([w], lr=0.1, eps=0.0, weight_decay=0.0)
     >>> w.grad = torch.tensor([2.0, 1.0])

@@ -41,10 +41,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
         w = S(w, lr * l1 * k)                     if l1_mode == "prox"
         w = S(w, lr * l1)                         if l1_mode == "decoupled"
 
-    k is what a constant gradient of 1 has made of u: k = 1 without momentum, else the momentum mass
-    c = 1, later c = momentum * c + (1 - dampening), whose limit is (1 - dampening)/(1 - momentum),
-    and k = 1 + momentum * c if nesterov. With lr * l1 alone, momentum 0.9 would solve the problem
-    of l1/10.
+    k is the value of u if every gradient so far was 1. Without momentum k = 1. With it, k is the
+    momentum mass c, or 1 + momentum * c if nesterov: c = 1 in the first step, and later
+    c = momentum * c + (1 - dampening), whose limit is (1 - dampening)/(1 - momentum). With
+    lr * l1 alone, momentum 0.9 would solve the problem of l1/10.
 
     Args:
         params: tensors, named tensors, or dicts that define param groups. Every option below up to

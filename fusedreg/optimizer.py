@@ -197,7 +197,7 @@ class FusedOptimizer(Optimizer):
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
         if self._wishes().norm:
             spreads = map(dist.spread_of, params_of(self.param_groups))
-            check_norm_is_global(spreads, self._splitter, self.process_group)
+            check_norm_is_global(who, spreads, self._splitter, self.process_group)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise where kernels would not run what a subclass says."""

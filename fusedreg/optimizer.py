@@ -569,8 +569,12 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
-        # Addresses are of this process and these tensors: a copy makes its own plan.
-        self._stepper = Stepper()
+        # Addresses are of this process and these tensors: a copy makes its own plan. Where this one
+        # has loaded a file, a CUDA graph may still read the tables of a plan that it was captured with.
+        if "_stepper" in vars(self):
+            self._stepper.forget()
+        else:
+            self._stepper = Stepper()
         # Of an older version, which lacked some.
         self.defaults = {**OPTIONS, **self.defaults}
         for group in self.param_groups:

@@ -112,7 +112,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
         if self._wishes().norm:
             spreads = map(dist.spread_of, params_of(self.param_groups))
-            check_norm_is_global(spreads, self._splitter, self.process_group)
+            check_norm_is_global(type(self).__name__, spreads, self._splitter, self.process_group)
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
@@ -404,8 +404,12 @@ class FusedOptimizer(UpdateRule, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
-        # Addresses are of this process and these tensors: a copy makes its own plan.
-        self._stepper = Stepper()
+        # Addresses are of this process and these tensors: a copy makes its own plan. Where this one
+        # has loaded a file, a CUDA graph may still read the tables that it was captured with.
+        if "_stepper" in vars(self):
+            self._stepper.forget()
+        else:
+            self._stepper = Stepper()
         options = self.declared_options.items()
         declared = {name: option.default for name, option in options if option.of_group}
         self.defaults = {**declared, **self.defaults}  # an older version lacked some

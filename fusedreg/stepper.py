@@ -122,7 +122,7 @@ class Stepper:
         kept = old if old is not None and self._still_holds(old, rule, groups, states) else None
         if not traced:
             self.plan = kept  # so that nothing of the old one is believed
-        self._check_norm_is_global(groups, wishes)
+        self._check_norm_is_global(rule, groups, wishes)
         self._check_tensors_are_whole(rule, groups)
         if traced:
             rest = _collect(rule, groups)
@@ -271,9 +271,12 @@ class Stepper:
 
     # ---- what keeps a norm from being right ----------------------------------------------------
 
-    def _check_norm_is_global(self, groups: list[ParamGroup], wishes: Wishes) -> None:
+    def _check_norm_is_global(
+        self, rule: UpdateRule, groups: list[ParamGroup], wishes: Wishes
+    ) -> None:
         if wishes.norm:
-            check_norm_is_global(self._spreads(groups), wishes.splitter, wishes.process_group)
+            who, spreads = type(rule).__name__, self._spreads(groups)
+            check_norm_is_global(who, spreads, wishes.splitter, wishes.process_group)
 
     def _check_tensors_are_whole(self, rule: UpdateRule, groups: list[ParamGroup]) -> None:
         """Raise if per-tensor norms are needed but a shard does not know its full tensor."""
@@ -302,7 +305,10 @@ def home(groups: Sequence[ParamGroup]) -> torch.device:
 
 
 def check_norm_is_global(
-    spreads: Iterable[Spread | None], splitter: str | None, process_group: ProcessGroup | None
+    who: str,
+    spreads: Iterable[Spread | None],
+    splitter: str | None,
+    process_group: ProcessGroup | None,
 ) -> None:
     """Raise where the norm that is asked for would be one of some of the gradients."""
     what = "max_grad_norm and skip_nonfinite take the norm over all gradients"
@@ -319,7 +325,7 @@ def check_norm_is_global(
             "ranks make a whole with process_group=..., torch.distributed.group.WORLD or, "
             "where parts are replicated, those of one replica (a keyword of the optimizer; in "
             "ZeroRedundancyOptimizer, which has one of that name for itself, "
-            "optimizer_class=functools.partial(..., process_group=...))"
+            f"optimizer_class=functools.partial({who}, process_group=...))"
         )
 
 

@@ -24,10 +24,25 @@ from fusedreg.kernels.device.language import tl, triton
 INFINITY = tl.constexpr(float("inf"))
 
 
+# These words take Python numbers too. A number has the dtype of the computed operand that it meets,
+# but triton makes a float32 of it where it is assigned to a name first, or given to tl.log.
+
+
+@triton.jit
+def where(condition, chosen, otherwise):
+    """`tl.where`, also where the condition is one of Python."""
+    if isinstance(condition, tl.tensor):
+        return tl.where(condition, chosen, otherwise)
+    elif condition:
+        return chosen
+    else:
+        return otherwise
+
+
 @triton.jit
 def divide(a, b):
     """IEEE division, which `/` is not in float32."""
-    if b.dtype == tl.float64:
+    if getattr(b, "dtype", getattr(a, "dtype", tl.float64)) == tl.float64:
         return a / b
     else:
         return tl.div_rn(a, b)
@@ -36,7 +51,9 @@ def divide(a, b):
 @triton.jit
 def square_root(x):
     """IEEE square root, which `tl.sqrt` is not in float32."""
-    if x.dtype == tl.float64:
+    if not isinstance(x, tl.tensor):
+        return x**0.5
+    elif x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
@@ -45,13 +62,18 @@ def square_root(x):
 @triton.jit
 def reciprocal(x):
     """1 / x, as IEEE has it."""
-    return divide(tl.full(x.shape, 1.0, x.dtype), x)
+    return divide(1.0, x)
 
 
 @triton.jit
 def power(base, exponent):
     """base ** exponent in float64: within 2 ulp near 1, where 1 - beta**t cancels."""
-    return tl.exp(exponent * tl.log(base))
+    if isinstance(base, tl.tensor):
+        return tl.exp(exponent * tl.log(base))
+    elif isinstance(exponent, tl.tensor):
+        return tl.exp(exponent * tl.log(tl.full((), base, tl.float64)))
+    else:
+        return base**exponent
 
 
 @triton.jit
@@ -59,10 +81,10 @@ def average(old, new, weight):
     """(1 - weight) * old + weight * new, whose two factors, rounded, would not sum to 1."""
     # From the nearer end, so that nothing is left of an `old` that has no weight. At half the size,
     # because the difference may be twice the largest number. Halves are exact.
-    half = 0.5 * old
-    near_old = weight < 0.5
-    base = tl.where(near_old, half, 0.5 * new)
-    return 2.0 * (base + tl.where(near_old, weight, weight - 1.0) * (0.5 * new - half))
+    return 2.0 * (
+        where(weight < 0.5, 0.5 * old, 0.5 * new)
+        + where(weight < 0.5, weight, weight - 1.0) * (0.5 * new - 0.5 * old)
+    )
 
 
 # ---- SGD -----------------------------------------------------------------------------------------

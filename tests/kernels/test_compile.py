@@ -337,3 +337,11 @@ def test_one_binary_for_each_bucket(submit: Callable[..., Any]) -> None:
     used = submit(compiled.used, two_buckets)
     # Only the rows of the first bucket of a device store the norm, and sums have one dtype.
     assert used == {**dict.fromkeys(LAYERWISE, 2), "fold_kernel": 1}
+
+
+def test_plain_numbers_in_a_rule_are_not_rounded_to_float32(submit: Callable[..., Any]) -> None:
+    """Where the arithmetic is float64; see words.py."""
+    for name, numbers in submit(compiled.numbers_of_words, torch.float64).items():
+        narrow = {x for x in numbers if torch.tensor(x, dtype=torch.float32).item() == x}
+        assert len(numbers - narrow) > 3, name
+        assert all(x * 4 == int(x * 4) for x in narrow), name  # float32 has every quarter

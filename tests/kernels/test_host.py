@@ -43,6 +43,7 @@ compiler: Any = importlib.import_module("fusedreg.kernels.cpu.compiler")
 language: Any = importlib.import_module("fusedreg.kernels.device.language")
 rules: Any = importlib.import_module("fusedreg.kernels.device.rules")
 own: Any = importlib.import_module("own")
+words: Any = importlib.import_module("words")
 tl: Any = importlib.import_module("triton.language")
 where: Any = tl.where
 
@@ -464,6 +465,49 @@ def test_a_rule_of_another_module_runs_everywhere(dtype: torch.dtype) -> None:
     assert results(ends[0]) == results(ends[1])
     # As in assert_steps_agree, for three steps.
     assert_close(parameters_of(ends[0]), parameters_of(ends[2]), 12)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_word_takes_computed_and_plain_numbers(
+    dtype: torch.dtype, fused: bool | None
+) -> None:
+    """For each tensor in float64, and for each element in the dtype of the arithmetic."""
+    param = nn.Parameter(torch.zeros(3, dtype=dtype))
+    param.grad = torch.tensor([0.3, 1.7, 3.1], dtype=dtype)
+    optimizer = words.Words([param], x=3.1, fused=fused)
+    optimizer.step()
+    assert optimizer.backend == ("triton" if fused else "llvm")
+    x, state = torch.tensor(3.1, dtype=torch.float64), optimizer.state[param]
+    for name, meaning in words.WORDS.items():
+        # Both round at most three times. A power is exp(y), whose y is below 3.6: two roundings of
+        # y move it by 3.6 ulp, and exp and the product by one each.
+        ulps = 6 if "power" in name else 3
+        assert_close([state[name]], [meaning(param.grad)], ulps)
+        assert_close([state[f"{name} of x"]], [meaning(x)], ulps)
+
+
+@language.triton.jit
+def wide_scalars(options, counts):
+    beta, eps = options
+    ten = beta, eps, beta, eps, beta, eps, beta, eps, beta, eps
+    return 1.0, ten + ten + ten + ten + ten + ten + ten, counts
+
+
+@language.triton.jit
+def last_of_many(g, states, scalars):
+    return scalars[69] * g, 1.0, states
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_rule_may_have_any_number_of_scalars(
+    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own.Own, "rule", rules.Rule(wide_scalars, last_of_many, 70))
+    param = nn.Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    own.Own([param], lr=0.5, fused=fused).step()
+    assert param.tolist() == [-0.5 * 0.125] * 3
 
 
 def without_triton(source: str) -> None:

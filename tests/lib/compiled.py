@@ -182,6 +182,14 @@ def hashes_of_own(old: str, new: str) -> dict[str, str]:
     return {one.name: one.hash for one in made}
 
 
+def numbers_of_words(dtype: Any) -> dict[str, set[float]]:
+    """The float64 constants of each kernel of the optimizer in words.py, before optimisation."""
+    words = importlib.import_module("words")
+    made = _step(words.Words(params(dtype, [FULL])), "sm_90")
+    constant = re.compile(r"constant (?:dense<)?([-+.e\d]+)>? : (?:tensor<\w+x)?f64")
+    return {one.name: set(map(float, constant.findall(one.asm["ttir"]))) for one in made}
+
+
 KERNELS = ("rows_kernel", "squares_kernel", "fold_kernel", "step_kernel")
 
 

@@ -145,10 +145,11 @@ def test_an_llvmlite_that_does_not_compile_stops_its_kernels(
 ) -> None:
     """And nothing else; the exit status says that steps of a CPU would raise."""
 
-    def refuses(dtype: torch.dtype) -> None:
+    def refuses(*_: object) -> None:
         raise RuntimeError("no such target")
 
-    monkeypatch.setattr(backend.host_kernels(), "norm_loop", refuses)
+    llvm = importlib.import_module("fusedreg.kernels.cpu.backend")
+    monkeypatch.setattr(llvm, "step_loop", refuses)
     assert main([*ONE_STEP, f"--json={tmp_path / 'check.json'}"]) == 2
     printed = capsys.readouterr().out
     said = "llvmlite does not compile the kernels of the CPU (RuntimeError: no such target)"
@@ -185,12 +186,12 @@ def test_a_fault_of_the_host_is_noticed(name: str, monkeypatch: pytest.MonkeyPat
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the kernels compiled anew; those that are there stay for later."""
-    launch = backend.host_kernels()
-    for name in ("norm_loop", "rows_loop", "step_loop"):
-        monkeypatch.setattr(launch, name, cache(getattr(launch, name).__wrapped__))
-    compiler, loops = (
-        importlib.import_module(f"fusedreg.kernels.cpu.{name}") for name in ("compiler", "loops")
+    llvm, loops, compiler = (
+        importlib.import_module(f"fusedreg.kernels.cpu.{name}")
+        for name in ("backend", "loops", "compiler")
     )
+    for module, name in ((llvm, "norm_loop"), (loops, "_rows_loop"), (llvm, "step_loop")):
+        monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
     anew = cache(compiler.device.__wrapped__)
     monkeypatch.setattr(compiler, "device", anew)
     monkeypatch.setattr(loops, "device", anew)

@@ -64,8 +64,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
-	$(BIN)/mypy
+types: $(READY)  ## as the package is installed: kernels/ is fusedreg.kernels
+	rm -rf build/types && mkdir -p build/types
+	cp -r fusedreg build/types && cp -r kernels build/types/fusedreg
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
 wheel: $(READY)  ## build the wheel, install it alone, use it from another directory, without triton too
 	rm -rf dist .venv-wheel

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice, product
 from typing import Any
+from unittest import mock
 
+import measure
 import torch
-from contenders import (
-    REFERENCE,
-    Contender,
-    Maker,
-    Task,
-    compiled,
-    contenders,
-    make_groups,
-    own,
-    params_of,
-)
-from jobs import Job
-from measure import Key, Machine, Timed, extra_bytes, host_seconds, rounds, spread, time_limit
+from contenders import REFERENCE, Contender, Maker, Task, compiled, contenders, own
+from jobs import GPT2, TINY, Groups, Job, count
+from measure import Key, Machine, Times, rounds, spread, time_limit
 from methods import DTYPES, METHODS, moved_numbers, needed_numbers
-from shapes import Groups, count
-from verify import Expected, Start, Verdict, check, expected, max_norm, set_grads, start
+from verify import Setting, Verdict
 
 Row = dict[str, Any]
 
@@ -37,35 +30,55 @@ class Runner:
 
     contender: Contender
     verdict: Verdict
+    machine: Machine
     host: float | None = None
     extra: int | None = None
+
+    @property
+    def backend(self) -> str | None:
+        return getattr(self.contender.optimizer, "backend", None)
+
+    def timed(self, name: str, parts: bool = False) -> dict[Key, Callable[[], float]]:
+        """The whole step, or each part of it, for `rounds`."""
+        calls = self.contender.parts if parts else {"": self.contender.step}
+        time = partial(measure.milliseconds, machine=self.machine, host=self.host or 0.0)
+        return {(name, part): partial(time, call) for part, call in calls.items()}
+
+
+def prepare(contender: Contender, setting: Setting, task: Task, machine: Machine) -> Runner:
+    """Verify; on a GPU, see what a step takes of host and memory."""
+    runner = Runner(contender, setting.check(contender, task), machine)
+    if machine.on_gpu:
+        runner.host = measure.host_seconds(contender.step, machine)
+        runner.extra = measure.extra_bytes(contender.step)
+    return runner
+
+
+def fusedreg_on(machine: Machine) -> Maker:
+    """fusedreg. On a CPU fused=True asks for triton's kernels, which are then interpreted."""
+    return partial(own, fused=True) if machine.dry else own
 
 
 def participants(
     job: Job, shapes: Groups, machine: Machine
 ) -> tuple[dict[str, Maker], dict[str, str]]:
     """Who takes part in a comparison, and why others do not."""
-    # On a CPU fused=True asks for triton's kernels, which are then interpreted.
-    makers, missing = contenders(METHODS[job.method], **({"fused": True} if machine.dry else {}))
+    method = METHODS[job.method]
+    makers, missing = contenders(method)
+    makers["fusedreg"] = fusedreg_on(machine)
     if job.compiled:
-        how = compiled(job.compiled, backend="eager" if machine.dry else "inductor")
+        backend = "eager" if machine.dry else "inductor"
+        how = partial(compiled, how=job.compiled, backend=backend)
         return {"fusedreg": makers["fusedreg"], f"torch.compile {job.compiled}": how}, {}
     if job.kind == "parts":
         return {name: makers[name] for name in ("fusedreg", "torch fused", "torch foreach")}, {}
     makers.pop(REFERENCE, None)
-    if shows_reference(job, shapes, machine):
+    # Where it is cheap the readable path is timed too, for what torch lacks and, on a CPU, for one
+    # other method.
+    first = (job.method, job.dtype, job.clip) == ("AdamW", "float32", True) and not machine.on_gpu
+    if count(shapes) <= READABLE and (first or not method.ways_of_torch):
         makers[REFERENCE] = partial(own, fused=False)
     return makers, missing
-
-
-def shows_reference(job: Job, shapes: Groups, machine: Machine) -> bool:
-    """Whether the readable path is timed too, where it is cheap.
-
-    It is for what torch lacks and, on a CPU, for one other method.
-    """
-    first = (job.method, job.dtype, job.clip) == ("AdamW", "float32", True)
-    lacks = not METHODS[job.method].ways_of_torch
-    return count(shapes) <= READABLE and (lacks or (first and not machine.on_gpu))
 
 
 def affordable(job: Job, shapes: Groups, machine: Machine) -> int:
@@ -79,88 +92,52 @@ def affordable(job: Job, shapes: Groups, machine: Machine) -> int:
 
 def compare(job: Job, shapes: Groups, makers: dict[str, Maker], machine: Machine) -> list[Row]:
     """Rows of a comparison: one for each contender and, where parts are timed, each part."""
-    groups = make_groups(shapes, DTYPES[job.dtype], machine.device)
-    clip = max_norm(groups) if job.clip else None
-    task = Task(METHODS[job.method], clip, job.scaled)
-    begin = start(groups, task)
-    must_be = expected(begin, groups, task)
+    setting = Setting(shapes, DTYPES[job.dtype], machine.device, job.scaled)
+    task = setting.task(METHODS[job.method], job.clip)
+    setting.expected(task)  # before others take memory
     limit = min(machine.compile_seconds, machine.left()) if job.compiled else None
     runners: dict[str, Runner] = {}
     failures: dict[str, str] = {}
     for name, make in makers.items():
         try:
             with time_limit(limit):
-                runners[name] = prepare(make(groups, task), groups, begin, must_be, machine)
+                runners[name] = prepare(make(setting.groups, task), setting, task, machine)
         except Exception as error:  # whatever it is, the others shall be timed
             failures[name] = reason(error)
         release(machine)  # when the error, which holds on to its tensors, is gone
-    params = params_of(groups)
-    timed = {key: one for name in runners for key, one in parts_of(name, runners[name], job)}
-    times = rounds(timed, machine, before=lambda: set_grads(params, begin.grads))
-    head = {
-        **{field: getattr(job, field) for field in ("kind", "model", "method", "dtype", "clip")},
-        "scaled": job.scaled,
-        "parameters": count(shapes),
-        "tensors": len(params),
-        "groups": len(groups),
-    }
-    return [
-        {**head, **row}
-        for name in makers
-        for row in (
-            rows_of(name, runners, times, job, head["parameters"], machine)
-            if name in runners
-            else [failed(name, failures[name])]
-        )
-    ]
+    timed: dict[Key, Callable[[], float]] = {}
+    for name, runner in runners.items():
+        timed |= runner.timed(name, job.kind == "parts")
+    times = rounds(timed, machine, setting.set_grads)
+    head = {**asdict(job), "scaled": job.scaled, "parameters": count(shapes)}
+    head |= {"tensors": len(setting.params), "groups": len(shapes)}
+    del head["compiled"]
+    failed = {"part": "all", "matches": False}
+    of = {name: rows_of(name, runners, times, job, head["parameters"]) for name in runners}
+    of |= {n: [{"implementation": n, **failed, "verdict": why}] for n, why in failures.items()}
+    return [{**head, **row} for name in makers for row in of[name]]
 
 
-def prepare(
-    contender: Contender, groups: Any, begin: Start, must_be: Expected, machine: Machine
-) -> Runner:
-    """Verify; on a GPU, see what a step takes of host and memory."""
-    runner = Runner(contender, check(contender, groups, begin, must_be))
-    if machine.on_gpu:
-        runner.host = host_seconds(contender.step, machine)
-        runner.extra = extra_bytes(contender.step)
-    return runner
-
-
-def parts_of(name: str, runner: Runner, job: Job) -> list[tuple[Key, Timed]]:
-    """What is timed of a contender: its whole step, or each part of it."""
-    host = runner.host or 0.0
-    if job.kind != "parts":
-        return [((name, "all"), Timed(runner.contender.step, host))]
-    return [((name, part), Timed(call, host)) for part, call in runner.contender.parts.items()]
-
-
-def rows_of(
-    name: str,
-    runners: dict[str, Runner],
-    times: dict[Key, list[float]],
-    job: Job,
-    numel: int,
-    machine: Machine,
-) -> list[Row]:
+def rows_of(name: str, runners: dict[str, Runner], times: Times, job: Job, numel: int) -> list[Row]:
     """The whole step, and its parts where they were timed."""
     runner, ours = runners[name], runners.get("fusedreg")
-    backend = getattr(runner.contender.optimizer, "backend", None)
-    shown = f"{name} ({backend})" if name == "fusedreg" else name
-    size = DTYPES[job.dtype].itemsize
-    moved = moved_numbers(METHODS[job.method], job.clip, job.scaled, shown)
-    needed = size * needed_numbers(METHODS[job.method], job.clip)
+    shown = f"{name} ({runner.backend})" if name == "fusedreg" else name
+    size, method = DTYPES[job.dtype].itemsize, METHODS[job.method]
+    moved = moved_numbers(method, job.clip, job.scaled, shown)
+    needed = size * needed_numbers(method, job.clip)
     whole = total(times, name)
-    row: Row = {
-        "implementation": shown,
-        "backend": backend,
+    same = {"implementation": shown, "backend": runner.backend, "rounds": len(whole)}
+    same |= {"matches": runner.verdict.matches, "verdict": str(runner.verdict)}
+    ratios: Any = [None] * 3
+    if runner.verdict.matches and ours and ours.verdict.matches:
+        ratios = spread([a / b for a, b in zip(whole, total(times, "fusedreg"), strict=True)])
+    elif runner.verdict.matches:
+        same["verdict"] = "no ratio: fusedreg's results differ or it failed"
+    row = {
+        **same,
         "part": "all",
-        "rounds": len(whole),
-        **dict(zip(("ms", "p20", "p80"), spread(whole), strict=True)),
-        "ratio": None,
-        "ratio_p20": None,
-        "ratio_p80": None,
-        "matches": runner.verdict.matches,
-        "verdict": str(runner.verdict),
+        **in_ms(whole),
+        **dict(zip(("ratio", "ratio_p20", "ratio_p80"), ratios, strict=True)),
         "error_of_bound": runner.verdict.of_bound,
         "needed_bytes": needed,
         "moved_bytes": size * sum(moved.values()) if moved else None,
@@ -169,26 +146,23 @@ def rows_of(
         "extra_mib": None if runner.extra is None else runner.extra / 2**20,
     }
     row["gb_per_s"] = needed * numel / (1e6 * row["ms"])
-    row["of_bandwidth"] = 1e9 * row["gb_per_s"] / machine.bandwidth
-    if ours is not None and ours.verdict.matches and runner.verdict.matches:
-        pairs = zip(whole, total(times, "fusedreg"), strict=True)
-        names = ("ratio", "ratio_p20", "ratio_p80")
-        row |= zip(names, spread([theirs / own for theirs, own in pairs]), strict=True)
-    elif runner.verdict.matches:
-        row["verdict"] = "no ratio: fusedreg's results differ or it failed"
-    found = [row]
-    for part in runner.contender.parts if job.kind == "parts" else ():
-        ms = dict(zip(("ms", "p20", "p80"), spread(times[name, part]), strict=True))
-        bytes_of = size * moved[part] if moved else None
-        same = ("implementation", "backend", "rounds", "matches", "verdict")
-        found.append({**{k: row[k] for k in same}, "part": part, **ms, "moved_bytes": bytes_of})
-    return found
+    row["of_bandwidth"] = 1e9 * row["gb_per_s"] / runner.machine.bandwidth
+    parts = [
+        {**same, "part": part, **in_ms(ms), "moved_bytes": size * moved[part] if moved else None}
+        for (who, part), ms in times.items()
+        if who == name and part
+    ]
+    return [row, *parts]
 
 
-def total(times: dict[Key, list[float]], name: str) -> list[float]:
+def total(times: Times, name: str) -> list[float]:
     """Milliseconds of a whole step in each round."""
-    parts = [of for (contender, _), of in times.items() if contender == name]
+    parts = [ms for (who, _), ms in times.items() if who == name]
     return [sum(one) for one in zip(*parts, strict=True)]
+
+
+def in_ms(times: list[float]) -> Row:
+    return dict(zip(("ms", "p20", "p80"), spread(times), strict=True))
 
 
 def reason(error: Exception) -> str:
@@ -196,12 +170,35 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def failed(name: str, why: str) -> Row:
-    return {"implementation": name, "part": "all", "matches": False, "verdict": why}
-
-
 def release(machine: Machine) -> None:
     """Give memory back, also that of what failed."""
     gc.collect()
     if machine.on_gpu:
         torch.cuda.empty_cache()
+
+
+def sweep(machine: Machine) -> list[Row]:
+    """AdamW in float32 with other launch constants of the kernels; only what is right is timed."""
+    from fusedreg.kernels import table  # noqa: PLC0415  # triton only where it is asked for
+    from fusedreg.kernels.gpu import backend  # noqa: PLC0415
+
+    shapes = TINY["tiny"] if machine.dry else [GPT2]
+    setting = Setting(shapes, torch.float32, machine.device)
+    grid = product((1024, 2048, 4096), (4, 8), (8192, 16384, 32768, 65536), (False, True))
+    found: list[Row] = []
+    for block, warps, chunk, clip in islice(grid, 2 if machine.dry else None):
+        if machine.left() < 0:
+            break
+        task = setting.task(METHODS["AdamW"], clip)
+        row: Row = {"block": block, "warps": warps, "chunk": chunk, "clip": clip}
+        with (
+            mock.patch.multiple(backend, BLOCK=block, CHUNK=chunk),
+            mock.patch.dict(backend.LAUNCH_OPTIONS, num_warps=warps),
+            mock.patch.object(table, "CHUNK", chunk),
+        ):
+            runner = prepare(fusedreg_on(machine)(setting.groups, task), setting, task, machine)
+            if runner.verdict.matches:
+                (times,) = rounds(runner.timed(""), machine, setting.set_grads).values()
+                row |= in_ms(times)
+        found.append({**row, "verdict": str(runner.verdict)})
+    return found

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from math import inf
 from typing import Any
 
 import torch
+from jobs import Groups
 from methods import LR, SCALE, Method
-from shapes import Groups
-from torch import Tensor, nn
+from torch import nn
 
 import fusedreg
 
@@ -46,10 +47,7 @@ Maker = Callable[[ParamGroups, Task], Contender]
 def make_groups(shapes: Groups, dtype: torch.dtype, device: torch.device) -> ParamGroups:
     """Param groups with random values and gradients, each with a learning rate of its own."""
     generator = torch.Generator(device).manual_seed(0)
-
-    def random(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
-
+    random = partial(torch.randn, dtype=dtype, device=device, generator=generator)
     groups = []
     for index, group in enumerate(shapes):
         params = [nn.Parameter(random(shape)) for shape in group]
@@ -61,47 +59,37 @@ def make_groups(shapes: Groups, dtype: torch.dtype, device: torch.device) -> Par
     return groups
 
 
-def params_of(groups: ParamGroups) -> list[nn.Parameter]:
-    return [param for group in groups for param in group["params"]]
+def _copies(groups: ParamGroups) -> ParamGroups:
+    """Groups over the same parameters: an optimizer adds to those that it is given."""
+    return [dict(group) for group in groups]
 
 
 def own(groups: ParamGroups, task: Task, **options: Any) -> Contender:
     """fusedreg, where all of it is in the step."""
-    kwargs = {**task.method.kwargs, "l1": task.method.l1, "max_grad_norm": task.max_norm, **options}
+    kwargs = {**task.method.kwargs, "max_grad_norm": task.max_norm, **options}
     optimizer = getattr(fusedreg, task.method.cls)(_copies(groups), **kwargs)
     if task.scaled:  # as torch.amp.GradScaler gives them to an optimizer that unscales by itself
-        device = params_of(groups)[0].device
-        optimizer.grad_scale = torch.tensor(SCALE, device=device)
-        optimizer.found_inf = torch.tensor(0.0, device=device)
+        device = groups[0]["params"][0].device
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([SCALE, 0.0], device=device)
     return Contender(optimizer, {"step": optimizer.step})
 
 
 def theirs(cls: Any, groups: ParamGroups, task: Task, **options: Any) -> Contender:
     """Somebody else's optimizer, with what it leaves to the user before and after its step."""
-    optimizer = cls(_copies(groups), **{**task.method.kwargs, **options})
-    params = params_of(groups)
+    kwargs = {name: value for name, value in task.method.kwargs.items() if name != "l1"}
+    optimizer = cls(_copies(groups), **{**kwargs, **options})
+    params = [param for group in groups for param in group["params"]]
     parts: dict[str, Callable[[], object]] = {}
-    if task.scaled:
-        parts["unscale"] = _unscale(params)
+    if task.scaled:  # what torch.amp.GradScaler.unscale_ computes, without what it does on the host
+        found_inf, inverse = torch.tensor([0.0, 1 / SCALE], device=params[0].device)
+        unscale_ = torch._amp_foreach_non_finite_check_and_unscale_
+        parts["unscale"] = partial(unscale_, [p.grad for p in params], found_inf, inverse)
     if task.max_norm is not None:
         parts["clip"] = partial(nn.utils.clip_grad_norm_, params, task.max_norm)
     parts["step"] = optimizer.step
     if task.method.l1:
         parts["threshold"] = soft_threshold_(optimizer, task.method.l1)
     return Contender(optimizer, parts)
-
-
-def _copies(groups: ParamGroups) -> ParamGroups:
-    """Groups over the same parameters: an optimizer adds to those that it is given."""
-    return [dict(group) for group in groups]
-
-
-def _unscale(params: list[nn.Parameter]) -> Callable[[], object]:
-    """What torch.amp.GradScaler.unscale_ computes, without what it does on the host."""
-    grads = [param.grad for param in params]
-    inverse = torch.tensor(1 / SCALE, device=params[0].device)
-    found_inf = torch.zeros_like(inverse)
-    return lambda: torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse)
 
 
 def soft_threshold_(optimizer: torch.optim.Optimizer, l1: float) -> Callable[[], None]:
@@ -130,20 +118,15 @@ def soft_threshold_(optimizer: torch.optim.Optimizer, l1: float) -> Callable[[],
     return threshold
 
 
-def compiled(how: str, backend: str = "inductor") -> Maker:
-    """torch.compile of torch's clipping and step."""
-
-    def make(groups: ParamGroups, task: Task) -> Contender:
-        torch.compiler.reset()  # of others, whose code is the same
-        contender = theirs(getattr(torch.optim, task.method.cls), groups, task, **{how: True})
-        step = torch.compile(contender.step, backend=backend)
-        return Contender(contender.optimizer, {"step": step})
-
-    return make
-
-
 def of_torch(groups: ParamGroups, task: Task, **options: Any) -> Contender:
     return theirs(getattr(torch.optim, task.method.cls), groups, task, **options)
+
+
+def compiled(groups: ParamGroups, task: Task, how: str, backend: str) -> Contender:
+    """torch.compile of torch's clipping and step."""
+    torch.compiler.reset()  # of others, whose code is the same
+    contender = of_torch(groups, task, **{how: True})
+    return Contender(contender.optimizer, {"step": torch.compile(contender.step, backend=backend)})
 
 
 TORCH: dict[str, Maker] = {
@@ -152,12 +135,10 @@ TORCH: dict[str, Maker] = {
     "torch for-loop": partial(of_torch, foreach=False),
 }
 
+USUAL = ("AdamW", "Adam", "SGD", "Lion")
 OTHERS: dict[str, tuple[str, dict[str, str]]] = {
-    "optimi": ("optimi", {"AdamW": "AdamW", "Adam": "Adam", "SGD": "SGD", "Lion": "Lion"}),
-    "bitsandbytes 32 bit": (
-        "bitsandbytes.optim",
-        {"AdamW": "AdamW32bit", "Adam": "Adam32bit", "SGD": "SGD32bit", "Lion": "Lion32bit"},
-    ),
+    "optimi": ("optimi", {cls: cls for cls in USUAL}),
+    "bitsandbytes 32 bit": ("bitsandbytes.optim", {cls: f"{cls}32bit" for cls in USUAL}),
     "torchao 8 bit": ("torchao.optim", {"AdamW": "AdamW8bit", "Adam": "Adam8bit"}),
     "timm legacy": ("timm.optim", {"AdamW": "AdamWLegacy"}),
     "timm": ("timm.optim", {"Lion": "Lion", "LAMB": "Lamb"}),
@@ -171,24 +152,20 @@ Not here are those of other formulas: LAMB of bitsandbytes, which limits the nor
 of pytorch-optimizer, without bias correction and with norms of at most 10.
 """
 
-OPTIONS_OF_OTHERS: dict[str, dict[str, Any]] = {
-    "Lamb": {"max_grad_norm": None},
-    "FusedLAMB": {"max_grad_norm": float("inf")},
-}
+OPTIONS_OF_OTHERS = {"Lamb": {"max_grad_norm": None}, "FusedLAMB": {"max_grad_norm": inf}}
 """What makes them compute the same: both clip by themselves, by another formula."""
-
 
 REFERENCE = "fusedreg reference"
 """fusedreg with fused=False."""
 
 
-def contenders(method: Method, **own_options: Any) -> tuple[dict[str, Maker], dict[str, str]]:
+def contenders(method: Method) -> tuple[dict[str, Maker], dict[str, str]]:
     """Who computes a method, the most important first, and why others do not.
 
     What torch lacks is compared with fusedreg's readable path, whoever else is installed.
     """
-    found: dict[str, Maker] = {"fusedreg": partial(own, **own_options)}
-    found |= {name: TORCH[name] for name in (f"torch {way}" for way in method.ways_of_torch)}
+    found: dict[str, Maker] = {"fusedreg": own}
+    found |= {f"torch {way}": TORCH[f"torch {way}"] for way in method.ways_of_torch}
     if not method.ways_of_torch:
         found[REFERENCE] = partial(own, fused=False)
     missing = {}
@@ -200,11 +177,7 @@ def contenders(method: Method, **own_options: Any) -> tuple[dict[str, Maker], di
         except Exception as error:  # an installation can be broken in any way
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        options = {} if "weight_decay" in method.kwargs else {"weight_decay": 0.0}
+        options = {"weight_decay": method.kwargs.get("weight_decay", 0.0), "lr": LR}
         options |= OPTIONS_OF_OTHERS.get(classes[method.cls], {})
-        found[name] = partial(_of_others, cls, options)
+        found[name] = partial(theirs, cls, **options)
     return found, missing
-
-
-def _of_others(cls: Any, options: dict[str, Any], groups: ParamGroups, task: Task) -> Contender:
-    return theirs(cls, groups, task, lr=LR, **options)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from typing import Any
 
 import torch
-from contenders import Task, make_groups, own
+from contenders import own
+from jobs import of_targets
+from measure import seconds
 from methods import METHODS
-from shapes import of_targets
-from verify import check, expected, max_norm, start
+from verify import Setting
 
 
 def main() -> None:
@@ -23,17 +22,12 @@ def main() -> None:
     parser.add_argument("model", choices=models)
     parser.add_argument("--reference", action="store_true", help="with fused=False")
     arguments = parser.parse_args()
-    groups = make_groups(models[arguments.model], torch.float32, torch.device("cpu"))
-    task = Task(METHODS["AdamW"], max_norm(groups))
-    begin = start(groups, task)
-    options: dict[str, Any] = {"fused": False} if arguments.reference else {}
-    first, second = own(groups, task, **options), own(groups, task, **options)
-    since = time.perf_counter()
-    first.step()
-    seconds = time.perf_counter() - since
-    verdict = check(second, groups, begin, expected(begin, groups, task))
-    found = {"seconds": seconds, "backend": first.optimizer.backend, "verdict": str(verdict)}
-    print(json.dumps(found))
+    setting = Setting(models[arguments.model], torch.float32, torch.device("cpu"))
+    task = setting.task(METHODS["AdamW"], clip=True)
+    fused = False if arguments.reference else None
+    first, second = (own(setting.groups, task, fused=fused) for _ in range(2))
+    found = {"seconds": seconds(first.step), "backend": first.optimizer.backend}
+    print(json.dumps({**found, "verdict": str(setting.check(second, task))}))
 
 
 if __name__ == "__main__":

@@ -6,50 +6,41 @@ needs none. Times of the four are interleaved and compared by their minimum, bec
 
 from __future__ import annotations
 
+import cProfile
+import os
+import pstats
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 import fusedreg
-from fusedreg import backend
-from fusedreg.engine import numbers as lines
-from fusedreg.engine import plan as engine
-from fusedreg.engine import watch as inventory
 
 TENSORS, GROUPS, NUMEL = 300, 2, 4
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2, "fused": True}
 CASES = ("addresses unchanged", "addresses changed")
 IMPLEMENTATIONS = {"fusedreg": fusedreg.AdamW, "torch": torch.optim.AdamW}
-PARTS = {
-    "options": (lines.Lines, "refresh"),
-    "tensors": (inventory.Inventory, "_take_tensors"),
-    "sending addresses": (engine.Plan, "_send_grads"),
-    "sending numbers": (engine.Plan, "_send_numbers"),
-    "launching": (engine.Plan, "_do"),
-}
+SHOWN = 24
+"""Functions of the profile."""
 
 
-@contextmanager
-def no_launches() -> Iterator[None]:
-    """Kernels step CPU parameters, and no launch does anything."""
-    launch = backend.kernels()
-    assert launch is not None, "needs triton"
+def nothing(*_: Any, **__: Any) -> None:
+    """In the place of a launch."""
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        pass
 
-    with (
-        mock.patch.object(backend, "device_kernels", return_value=launch),
-        mock.patch.object(launch, "run", nothing),
-        mock.patch.object(torch, "_fused_adamw_", nothing),
-        mock.patch.object(torch, "_foreach_add_", nothing),  # torch's step counts: one launch too
-    ):
-        yield
+def no_launches() -> ExitStack:
+    """Where triton's kernels take the tensors of a CPU, and no launch does anything."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}))
+    launches = [(InterpretedFunction, "run"), (torch, "_fused_adamw_")]
+    launches.append((torch, "_foreach_add_"))  # torch's step counts: one launch too
+    for owner, name in launches:
+        stack.enter_context(mock.patch.object(owner, name, nothing))
+    return stack
 
 
 def make(cls: Any) -> tuple[Any, list[list[torch.Tensor]]]:
@@ -72,9 +63,8 @@ def set_grads(optimizer: Any, grads: list[torch.Tensor]) -> None:
 
 def measure(repeats: int) -> dict[tuple[str, str], list[float]]:
     """Seconds of each step, by case and implementation."""
-    times: dict[tuple[str, str], list[float]] = {
-        (case, name): [] for case in CASES for name in IMPLEMENTATIONS
-    }
+    times: dict[tuple[str, str], list[float]]
+    times = {(case, name): [] for case in CASES for name in IMPLEMENTATIONS}
     with no_launches():
         made = {name: make(cls) for name, cls in IMPLEMENTATIONS.items()}
         for repeat in range(repeats):
@@ -82,50 +72,21 @@ def measure(repeats: int) -> dict[tuple[str, str], list[float]]:
                 optimizer, grads = made[name]
                 if case == CASES[1]:
                     set_grads(optimizer, grads[(repeat + 1) % 2])
-                of.append(seconds(optimizer.step))
+                begin = time.perf_counter()
+                optimizer.step()
+                of.append(time.perf_counter() - begin)
     return times
 
 
-def seconds(step: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def measure_parts(repeats: int) -> dict[str, list[float]]:
-    """Seconds of each part of a step whose addresses changed."""
-    times: dict[str, list[float]] = {name: [] for name in PARTS}
+def profile(repeats: int) -> pstats.Stats:
+    """Where the time of a step goes whose addresses changed."""
+    profiler = cProfile.Profile()
     with no_launches():
         optimizer, grads = make(fusedreg.AdamW)
         for repeat in range(repeats):
-            for name, (owner, method) in PARTS.items():
-                set_grads(optimizer, grads[repeat % 2])
-                optimizer.step()
-                set_grads(optimizer, grads[(repeat + 1) % 2])
-                with timed(owner, method, times[name]):
-                    optimizer.step()
-    return times
-
-
-@contextmanager
-def timed(owner: Any, method: str, times: list[float]) -> Iterator[None]:
-    """Append the time that all calls of a method took together."""
-    original, taken = getattr(owner, method), []
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            taken.append(time.perf_counter() - begin)
-
-    with mock.patch.object(owner, method, call):
-        yield
-    times.append(sum(taken))
-
-
-def row(name: str, times: list[float]) -> str:
-    return f"{name:<46}{min(times) * 1e6:>8.0f}{statistics.median(times) * 1e6:>8.0f}"
+            set_grads(optimizer, grads[(repeat + 1) % 2])
+            profiler.runcall(optimizer.step)
+    return pstats.Stats(profiler)
 
 
 def main() -> None:
@@ -133,10 +94,10 @@ def main() -> None:
     print(f"AdamW, {TENSORS} parameters in {GROUPS} groups; microseconds of the host")
     print(f"{'':<46}{'min':>8}{'median':>8}")
     for (case, name), times in measure(1000).items():
-        print(row(f"{name}, {case}", times))
-    print("of which, addresses changed:")
-    for name, times in measure_parts(200).items():
-        print(row(f"  {name}", times))
+        text = f"{name}, {case}"
+        print(f"{text:<46}{min(times) * 1e6:>8.0f}{statistics.median(times) * 1e6:>8.0f}")
+    print("200 steps whose addresses changed, under the profiler:")
+    profile(200).strip_dirs().sort_stats("cumulative").print_stats(SHOWN)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,88 @@
-"""What is compared, in the order of importance."""
+"""What is compared, in the order of importance: methods on models, which are lists of shapes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
+from math import prod
 from typing import Any
 
 from methods import DTYPES, METHODS, USUAL
-from shapes import MODELS, SIZES, TENSORS, TINY, TINY_SWEEP, Groups, count
+
+Shape = tuple[int, ...]
+Groups = list[list[Shape]]
+
+
+def transformer(layers: int, width: int, *inputs: Shape) -> list[Shape]:
+    """A stack of blocks behind its embeddings; weights as torch's Linear has them."""
+    norm, vector, wide = [(width,), (width,)], (width,), 4 * width
+    attention = [(3 * width, width), (3 * width,), (width, width), vector]
+    block = [*norm, *attention, *norm, (wide, width), (wide,), (width, wide), vector]
+    return [*inputs, *block * layers, *norm]
+
+
+def resnet50() -> list[Shape]:
+    """With 1000 classes; every convolution has a batch norm in the place of a bias."""
+    sizes, channels = [(64, 3, 7)], 64
+    for width, blocks in [(64, 3), (128, 4), (256, 6), (512, 3)]:
+        for block in range(blocks):
+            sizes += [(width, channels, 1), (width, width, 3), (4 * width, width, 1)]
+            sizes += [(4 * width, channels, 1)] * (block == 0)
+            channels = 4 * width
+    shapes = [[(out, into, size, size), (out,), (out,)] for out, into, size in sizes]
+    return [*chain.from_iterable(shapes), (1000, channels), (1000,)]
+
+
+def even(numel: int, tensors: int) -> Groups:
+    """One group of equal vectors."""
+    return [[(numel // tensors,)] * tensors]
+
+
+def count(groups: Groups) -> int:
+    return sum(prod(shape) for group in groups for shape in group)
+
+
+# The output layer is the embedding.
+GPT2 = transformer(12, 768, (50257, 768), (1024, 768))
+VIT = transformer(12, 768, (1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,))
+
+# The first are the most important.
+MODELS: dict[str, Groups] = {
+    "ResNet-50": [resnet50()],
+    "GPT-2 124M": [GPT2],
+    "3000 tensors of 3500": even(3000 * 3500, 3000),
+    "ViT-B": [[*VIT, (1000, 768), (1000,)]],
+    "GPT-2 124M in 50 groups": [GPT2[first::50] for first in range(50)],
+    "GPT 1.3B": [transformer(24, 2048, (50257, 2048), (2048, 2048))],
+}
+SIZES: dict[str, Groups] = {
+    f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)
+}
+TENSORS: dict[str, Groups] = {
+    f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)
+}
+SMALL: dict[str, Groups] = {
+    "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
+    "1 M in 500 tensors": even(2**20, 500),
+}
+OF_TARGETS: dict[str, Groups] = {
+    "GPT-2 124M": [GPT2],
+    "144 tensors of 264000": even(144 * 264000, 144),
+    "3000 tensors of 3500": even(3000 * 3500, 3000),
+    "10 tensors of 1000": even(10 * 1000, 10),
+}
+"""Two that are large, one of many tensors, and a small one, of which a step is overhead."""
+TINY: dict[str, Groups] = {"tiny": [[(40, 30), (3,)]], "tiny in 2 groups": [[(40, 30)], [(3,)]]}
+TINY_SWEEP: dict[str, Groups] = {"300 in 2 tensors": even(300, 2), "600 in 2 tensors": even(600, 2)}
+
+
+def of_targets(dry: bool) -> dict[str, Groups]:
+    return {**TINY, **TINY_SWEEP} if dry else OF_TARGETS
+
+
+def all_shapes(dry: bool) -> dict[str, Groups]:
+    return {**TINY, **TINY_SWEEP} if dry else {**MODELS, **SIZES, **TENSORS}
+
 
 COMPILED = {
     "gpu": ("ResNet-50", "GPT-2 124M"),
@@ -15,7 +90,6 @@ COMPILED = {
     "dry": ("tiny",),
 }
 """The models for which torch.compile's optimizers are timed."""
-
 
 LONG = 2**24
 """Parameters; a CPU steps more in seconds."""
@@ -45,18 +119,6 @@ class Job:
         return ", ".join(parts + [f"compiled {self.compiled}"] * bool(self.compiled))
 
 
-def shapes(dry: bool) -> dict[str, dict[str, Groups]]:
-    """Of the models and the two sweeps."""
-    if dry:
-        return {"model": TINY, "size": TINY_SWEEP, "tensors": TINY_SWEEP}
-    return {"model": MODELS, "size": SIZES, "tensors": TENSORS}
-
-
-def all_shapes(dry: bool) -> dict[str, Groups]:
-    """The same under one name each."""
-    return {name: groups for kind in shapes(dry).values() for name, groups in kind.items()}
-
-
 def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     """One model, its parts, the sweeps; then what differs from that in one thing, in two, ...
 
@@ -64,22 +126,21 @@ def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     next model. So do the methods that are not among the usual, in as few comparisons as there can
     be; what else there is of them comes at the very end.
     """
-    of = shapes(dry)
-    first, *_ = of["model"]
-    sweeps = [Job(kind, name) for kind in ("size", "tensors") for name in of[kind]]
-    long = [job for job in sweeps if count(of[job.kind][job.model]) > LONG]
+    of, models = all_shapes(dry), list(TINY if dry else MODELS)
+    sizes, tensors = (TINY_SWEEP, TINY_SWEEP) if dry else (SIZES, TENSORS)
+    sweeps = [Job("size", name) for name in sizes] + [Job("tensors", name) for name in tensors]
+    long = [job for job in sweeps if count(of[job.model]) > LONG]
     sweeps = [job for job in sweeps if job not in long]
-    axes = [list(of["model"]), list(METHODS), list(DTYPES), [True, False]]
-    others = [method for method in METHODS if method not in USUAL]
+    axes: list[list[Any]] = [models, list(METHODS), list(DTYPES), [True, False]]
 
     def rank(values: tuple[Any, ...]) -> tuple[int, ...]:
         places = [axis.index(value) for axis, value in zip(axes, values, strict=True)]
         return sum(place > 0 for place in places), *places
 
     every = [Job("model", *values) for values in sorted(product(*axes), key=rank)]
-    models = [job for job in every if job.method in USUAL]
+    usual = [job for job in every if job.method in USUAL]
     near = 1 + sum(len(axis) - 1 for axis in (USUAL, *axes[2:]))  # of the first model
-    rare = [job for job in every if job.method in others]
+    rare, few = [job for job in every if job.method not in USUAL], len(METHODS) - len(USUAL)
     compiled = [
         Job("compiled", model, clip=clip, compiled=how)
         for how in ("foreach", "fused")
@@ -88,11 +149,8 @@ def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     ]
     if quick or not (gpu or dry):
         compiled = compiled[:1]
-    found = [models[0], Job("parts", first), *sweeps, *models[1:near], *compiled[:1]]
+    found = [usual[0], Job("parts", models[0]), *sweeps, *usual[1:near], *compiled[:1]]
     if quick:
         return found
-    few = len(others)
-    return [
-        *[*found, models[near], *rare[:few]],
-        *[*long, *compiled[1:], *models[near + 1 :], *rare[few:]],
-    ]
+    found += [usual[near], *rare[:few]]
+    return [*found, *long, *compiled[1:], *usual[near + 1 :], *rare[few:]]

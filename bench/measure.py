@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -38,7 +40,6 @@ class Machine:
         return self.device.type == "cuda"
 
     def left(self) -> float:
-        """Seconds."""
         return self.deadline - time.monotonic()
 
     def wait(self) -> None:
@@ -49,64 +50,54 @@ class Machine:
         """Bytes that can be had."""
         if self.on_gpu:
             return torch.cuda.mem_get_info()[0]
-        try:
-            lines = MEMORY_INFO.read_text(encoding="utf-8").splitlines()
-        except OSError:  # not Linux
-            return 2**33
-        (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
-        return 1024 * int(available)
+        text = MEMORY_INFO.read_text(encoding="utf-8") if MEMORY_INFO.exists() else ""
+        found = re.search(r"MemAvailable: *(\d+)", text)
+        return 1024 * int(found[1]) if found else 2**33  # where this is not Linux
 
 
-@dataclass
-class Timed:
-    """One part of a step of one contender, to be timed in every round."""
+def milliseconds(call: Callable[[], object], machine: Machine, host: float = 0.0) -> float:
+    """What the call takes of the device.
 
-    call: Callable[[], object]
-    host: float = 0.0
-    """Seconds of the call, so that a GPU can be kept waiting for so long."""
-
-
-def timer(timed: Timed, machine: Machine) -> Callable[[], float]:
-    """Start the call; what is returned waits for it and gives its milliseconds.
-
-    A GPU first idles until the host has queued everything, so that no launch is waited for.
+    A GPU first idles until the host, which needs so many seconds, has queued everything, so that no
+    launch is waited for.
     """
     if not machine.on_gpu:
-        begin_s = time.perf_counter()
-        timed.call()
-        elapsed = 1e3 * (time.perf_counter() - begin_s)
-        return lambda: elapsed
+        return 1e3 * seconds(call)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(2e9 * (1e-4 + 1.5 * timed.host)))  # cycles, of at most 2 GHz
+    torch.cuda._sleep(int(2e9 * (1e-4 + 1.5 * host)))  # cycles, of at most 2 GHz
     begin.record()
-    timed.call()
+    call()
     end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
-    def read() -> float:
-        end.synchronize()
-        return begin.elapsed_time(end)
 
-    return read
+def seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 Key = tuple[str, str]
 """A contender and a part of its step."""
+Times = dict[Key, list[float]]
+"""Milliseconds of each round."""
 
 
 def rounds(
-    timed: Mapping[Key, Timed],
+    timed: Mapping[Key, Callable[[], float]],
     machine: Machine,
     before: Callable[[], object],
     least: int = LEAST,
     most: int = MOST,
-) -> dict[Key, list[float]]:
-    """Milliseconds of each in every round: A B, B A, so that a drift of the machine meets all.
+) -> Times:
+    """Call what gives the milliseconds: A B, B A, so that a drift of the machine meets all.
 
     As the order turns, and there is an even number of rounds, none always follows the same other
     one: a step finds what the one before left in the caches, and threads that still wait for more.
     `before` is called, untimed, before each contender.
     """
-    times: dict[Key, list[float]] = {key: [] for key in timed}
+    times: Times = {key: [] for key in timed}
     contenders = [list(parts) for _, parts in groupby(timed, key=lambda key: key[0])]
     begin = time.monotonic()
     for done in range(most):
@@ -117,20 +108,18 @@ def rounds(
         for parts in contenders if done % 2 == 0 else reversed(contenders):
             before()
             for key in parts:
-                times[key].append(timer(timed[key], machine)())
+                times[key].append(timed[key]())
     return times
 
 
 def host_seconds(call: Callable[[], object], machine: Machine) -> float:
     """Median time of the call alone, with nothing queued before it."""
-    seconds = []
+    found = []
     for _ in range(7):
         machine.wait()
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
+        found.append(seconds(call))
     machine.wait()
-    return statistics.median(seconds)
+    return statistics.median(found)
 
 
 def extra_bytes(call: Callable[[], object]) -> int:
@@ -151,15 +140,12 @@ def bandwidths(machine: Machine) -> dict[str, float]:
     size = 2**14 if machine.dry else 2**29 if machine.on_gpu else 2**27
     source = torch.randn(size, device=machine.device)
     target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source), "in place": lambda: source.mul_(1.0)}
-    timed = {(name, "all"): Timed(call) for name, call in calls.items()}
-    for one in timed.values():
-        one.call()
+    target.copy_(source)
+    calls = {"copy": lambda: target.copy_(source), "in_place": lambda: source.mul_(1.0)}
+    timed = {(name, ""): partial(milliseconds, call, machine) for name, call in calls.items()}
     times = rounds(timed, machine, before=machine.wait)
-    return {
-        name: 2e-9 * source.nbytes / (1e-3 * statistics.median(ms))
-        for (name, _), ms in times.items()
-    }
+    moved = 2e-6 * source.nbytes
+    return {name: moved / statistics.median(ms) for (name, _), ms in times.items()}
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -168,31 +154,24 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     >>> spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     (3.5, 2.0, 5.0)
     """
-    ordered = sorted(values)
-    last = len(ordered) - 1
+    ordered, last = sorted(values), len(values) - 1
     return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
 
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Interrupt the block after so many seconds."""
-    if seconds is None:
-        yield
-        return
-    late = TimeoutError(f"not ready after {seconds:.0f} s")
-    interrupted = False
+    """Interrupt the block after so many seconds, None for never."""
+    late = TimeoutError(f"not ready after {seconds or 0:.0f} s")
 
     def interrupt(*_: object) -> None:
-        nonlocal interrupted
-        interrupted = True
         raise late
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    signal.setitimer(signal.ITIMER_REAL, 0 if seconds is None else max(seconds, 0.1))
     try:
         yield
-    except Exception as error:  # a compiler may make another one of it
-        if interrupted:
+    except Exception as error:
+        if late.__traceback__:  # it was raised, and a compiler may make another one of it
             raise late from error
         raise
     finally:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from report import TARGET_COLUMNS, TARGETS_NOTE, TARGETS_TITLE, bandwidth_of, slug, target_cells
+from report import TARGET_COLUMNS, TARGETS_NOTE, TARGETS_TITLE, Row, bandwidth_of, target_cells
 from run import LATEST
 
 from fusedreg.machine import describe
@@ -25,30 +27,24 @@ BEGIN, END = "<!-- from bench/page.py -->\n", "<!-- until here -->\n"
 CASE = ("model", "method", "dtype", "clip")
 
 
-def table(report: dict[str, Any]) -> str:
-    """One line for each comparison of a model, one column for each implementation."""
-    rows = [row for row in report["rows"] if row["kind"] == "model"]
+def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (headings, *rows)]
+    lines.insert(1, "|---" * len(list(headings)) + "|")
+    return "\n".join(lines)
+
+
+def table(rows: list[Row]) -> str:
+    """One line for each comparison, one column for each implementation."""
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for case, of in groupby(rows, key=lambda row: tuple(row[name] for name in CASE)):
+    lines = []
+    for case, of in groupby(rows, key=lambda row: [row[name] for name in CASE]):
         by_name = {row["implementation"]: row for row in of}
-        model, method, dtype, clip = case
-        head = f"{model}, {method}, {dtype}{', clipped' * clip}"
-        cells = [cell(by_name.get(name)) for name in names]
-        lines.append("| " + " | ".join([head, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        head = f"{', '.join(case[:3])}{', clipped' * case[3]}"
+        lines.append([head, *(cell(by_name.get(name)) for name in names)])
+    return markdown(["", *names], lines)
 
 
-def table_of_targets(rows: list[dict[str, Any]]) -> str:
-    """The targets of the path for CPUs; nothing where there are none, as on a GPU."""
-    if not rows:
-        return ""
-    lines = ["| " + " | ".join(TARGET_COLUMNS) + " |", "|---" * len(TARGET_COLUMNS) + "|"]
-    lines += ["| " + " | ".join(target_cells(row)) + " |" for row in rows]
-    return f"\n\n**{TARGETS_TITLE}.** {TARGETS_NOTE}\n\n" + "\n".join(lines) + "\n\n"
-
-
-def cell(row: dict[str, Any] | None) -> str:
+def cell(row: Row | None) -> str:
     """Milliseconds and, where the results are right, the ratio."""
     if row is None:
         return ""
@@ -62,38 +58,54 @@ def cell(row: dict[str, Any] | None) -> str:
     return f"{ms}, {row['ratio']:.2g} ({row['ratio_p20']:.2g} to {row['ratio_p80']:.2g})"
 
 
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+
+
 def results(folder: Path) -> str:
     """What stands between the marks of the page."""
-    report = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
-    where = f"bench/results/{folder.name}/bench.json"
-    targets = table_of_targets(report.get("targets", []))
+    report = read(folder)
+    targets = markdown(TARGET_COLUMNS, map(target_cells, report["targets"]))
     return (
-        f"From `{where}`: {describe(report)}; commit {report['commit']}, {report['threads']} "
-        f"threads; {bandwidth_of(report)}.{targets or ' '}Milliseconds of a step, "
-        "median (p20 to p80), then the time over fusedreg's in the same round: below 1 is faster "
-        f"than fusedreg.\n\n{table(report)}"
+        f"From `bench/results/{folder.name}/bench.json`: {describe(report)}; "
+        f"commit {report['commit']}, {report['threads']} threads; {bandwidth_of(report)}."
+        + (
+            f"\n\n**{TARGETS_TITLE}.** {TARGETS_NOTE}\n\n{targets}\n\n"
+            if report["targets"]
+            else " "
+        )
+        + "Milliseconds of a step, median (p20 to p80), then the time over fusedreg's in the same "
+        "round: below 1 is faster than fusedreg.\n\n"
+        + table([row for row in report["rows"] if row["kind"] == "model"])
+        + "\n"
     )
 
 
-def keep(folder: Path) -> Path:
-    """The folder that is named after the device, with these results in it."""
-    report = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
-    kept = LATEST.parent / slug(report["machine"])
-    if kept != folder:
-        shutil.copytree(folder, kept, dirs_exist_ok=True)
-    return kept
+def slug(machine: dict[str, Any]) -> str:
+    """A folder name for the device.
+
+    >>> slug({"cpu": "AMD EPYC", "cores": 2})
+    'amd-epyc-2-cores-cpu'
+    >>> slug({"cpu": "AMD EPYC", "cores": 16, "gpu": "NVIDIA H100 80GB HBM3"})
+    'nvidia-h100-80gb-hbm3'
+    """
+    cpu = machine.get("cpu") or machine.get("architecture")
+    name = machine.get("gpu") or f"{cpu} {machine['cores']} cores cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=LATEST, help="of the run")
-    folder = keep(parser.parse_args().folder.resolve())
+    folder = parser.parse_args().folder.resolve()
+    kept = LATEST.parent / slug(read(folder)["machine"])
+    if kept != folder:
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    text = f"{before}{BEGIN}\n{results(folder)}\n{END}{after}"
+    text = f"{before}{BEGIN}\n{results(kept)}\n{END}{rest.partition(END)[2]}"
     PAGE.write_text(text, encoding="utf-8")
     for name in FIGURES:
-        shutil.copyfile(folder / f"{name}.svg", ROOT / f"docs/figures/benchmark-{name}.svg")
+        shutil.copyfile(kept / f"{name}.svg", ROOT / f"docs/figures/benchmark-{name}.svg")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from comparison import affordable, compare, participants, release
-from jobs import Job, all_shapes, jobs
+from comparison import affordable, compare, participants, release, sweep
+from jobs import Groups, Job, all_shapes, count, jobs
 from measure import Machine, bandwidths
 from methods import METHODS
 from report import Report, as_text, new_report, write
 from rich.console import Console
-from rich.progress import Progress
-from shapes import Groups, count
+from rich.progress import track
 from targets import measure_targets
 
 LATEST = Path(__file__).parent / "results/latest"
@@ -27,44 +26,31 @@ FOR_TARGETS = 0.75
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=LATEST, help="folder of the results")
-    parser.add_argument("--budget", type=float, default=240, help="seconds (default: 240)")
-    parser.add_argument("--quick", action="store_true", help="the first comparisons only")
-    parser.add_argument("--targets", action="store_true", help="those of the path for CPUs only")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="comparisons of these only"
-    )
-    parser.add_argument("--base", metavar="REF", help="this tree beside another commit, instead")
-    parser.add_argument("--sweep", action="store_true", help="other launch constants instead (GPU)")
-    parser.add_argument("--commit", help="what to call the version that is timed")
-    parser.add_argument("--dry-run", action="store_true", help="tiny and interpreted, for tests")
+    add, some = parser.add_argument, {"nargs": "+", "choices": METHODS, "metavar": "METHOD"}
+    add("out", type=Path, nargs="?", default=LATEST, help="folder of the results")
+    add("--budget", type=float, default=240, help="seconds (default: 240)")
+    add("--quick", action="store_true", help="the first comparisons only")
+    add("--targets", action="store_true", help="those of the path for CPUs only")
+    add("--methods", help="comparisons of these only", **some)
+    add("--base", metavar="REF", help="this tree beside another commit, instead")
+    add("--sweep", action="store_true", help="other launch constants instead (GPU)")
+    add("--commit", help="what to call the version that is timed")
+    add("--dry-run", action="store_true", help="tiny and interpreted, for tests")
     return parser.parse_args()
-
-
-def with_share(machine: Machine, share: float) -> Machine:
-    """Only so much of the time that is left; a pair of arms takes half a comparison's."""
-    left = share * machine.left()
-    return replace(machine, deadline=time.monotonic() + left, seconds=machine.seconds / 2)
 
 
 def run_jobs(todo: list[Job], report: Report, machine: Machine, out: Path) -> None:
     """All comparisons that memory and time allow; the files are written after each."""
     of = all_shapes(machine.dry)
     pace = 0.0  # seconds per parameter of the last comparison of more than a million
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(todo))
-        for job in todo:
-            progress.update(bar, description=str(job))
-            begin = time.monotonic()
-            numel = count(of[job.model])
-            if machine.left() < max(0.0, pace * numel):
-                report["left_out"].append(f"{job}: time")
-            elif done := run_job(job, of[job.model], report, machine):
-                write(report, out)
-                if not job.compiled and numel > 2**20:
-                    spent = time.monotonic() - begin
-                    pace = (spent - min(done, machine.seconds)) / numel
-            progress.advance(bar)
+    for job in track(todo, "comparisons", console=Console(stderr=True), transient=True):
+        begin, numel = time.monotonic(), count(of[job.model])
+        if machine.left() < max(0.0, pace * numel):
+            report["left_out"].append(f"{job}: time")
+        elif done := run_job(job, of[job.model], report, machine):
+            write(report, out)
+            if not job.compiled and numel > 2**20:
+                pace = (time.monotonic() - begin - min(done, machine.seconds)) / numel
 
 
 def run_job(job: Job, shapes: Groups, report: Report, machine: Machine) -> float:
@@ -72,8 +58,7 @@ def run_job(job: Job, shapes: Groups, report: Report, machine: Machine) -> float
     makers, missing = participants(job, shapes, machine)
     report["not_installed"] |= missing
     release(machine)
-    able = affordable(job, shapes, machine)
-    names = list(makers)
+    able, names = affordable(job, shapes, machine), list(makers)
     if able < min(2, len(names)):
         report["left_out"].append(f"{job}: memory")
         return 0.0
@@ -101,8 +86,7 @@ def main() -> None:
     )
     found = bandwidths(machine)
     machine.bandwidth = 1e9 * max(found.values())
-    report = new_report(options.commit, found)
-    out: Path = options.out
+    report, out = new_report(options.commit, found), options.out
     out.mkdir(parents=True, exist_ok=True)
     if options.base:
         from versions import compare_versions  # noqa: PLC0415  # starts processes
@@ -110,15 +94,14 @@ def main() -> None:
         print(compare_versions(options.base, machine, out, options.quick), end="")
         return
     if options.sweep:
-        from constants import sweep  # noqa: PLC0415  # needs triton
-
         report["launch_constants"] = sweep(machine)
     else:
-        # The targets are those of the path for CPUs, and nobody has set others.
+        # The targets are those of the path for CPUs, and nobody has set others. A pair of arms
+        # takes half the time of a comparison.
         if not (gpu or options.methods):
-            report["targets"] = measure_targets(
-                with_share(machine, 1 if options.targets else FOR_TARGETS)
-            )
+            left = machine.left() * (1 if options.targets else FOR_TARGETS)
+            until, seconds = time.monotonic() + left, machine.seconds / 2
+            report["targets"] = measure_targets(replace(machine, deadline=until, seconds=seconds))
             write(report, out)
         todo = [] if options.targets else jobs(machine.dry, options.quick, gpu)
         if options.methods:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import statistics
 import subprocess
 import sys
@@ -15,15 +14,14 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from comparison import Row, Runner, affordable, prepare, reason, release
-from contenders import REFERENCE, TORCH, Maker, Task, make_groups, of_torch, own, params_of
-from jobs import Job
-from measure import LEAST, Machine, Timed, rounds, spread
+from comparison import Row, affordable, prepare, reason, release
+from contenders import REFERENCE, TORCH, Maker, of_torch, own
+from jobs import Job, count, of_targets
+from measure import LEAST, Machine, rounds, spread
 from methods import METHODS
 from rich.console import Console
 from rich.progress import track
-from shapes import Groups, count, of_targets
-from verify import Expected, expected, max_norm, set_grads, start
+from verify import Setting
 
 MOST = 1000
 """Rounds of a pair: a hundred steps of a small model are over in milliseconds."""
@@ -33,11 +31,7 @@ LITTLE = 1.0
 
 FIRST_STEP = Path(__file__).parent / "first_step.py"
 
-MAKERS: dict[str, Maker] = {
-    "fusedreg": own,
-    "torch fused": TORCH["torch fused"],
-    "torch default": of_torch,  # no flags
-}
+MAKERS: dict[str, Maker] = {**TORCH, "fusedreg": own, "torch default": of_torch}
 
 
 @dataclass(frozen=True)
@@ -48,10 +42,10 @@ class Arm:
     method: str
     clip: bool = True
 
-    def name(self, backend: str) -> str:
+    def name(self, backend: str | None = None) -> str:
         """With the path that fusedreg took, and the L1 that only one of a pair has."""
         path = f" ({backend})" if self.who == "fusedreg" and backend else ""
-        return self.who + path + " + L1" * self.method.endswith("L1")
+        return self.who + path + " + L1" * bool(METHODS[self.method].l1)
 
 
 @dataclass(frozen=True)
@@ -72,16 +66,13 @@ class Target:
         return self.over.who == "torch default"
 
     @property
-    def unit(self) -> str:
-        return " s" if self.first_step else ""
-
-    @property
     def wanted(self) -> str:
-        return f"at {'least' if self.at_least else 'most'} {self.limit:g}{self.unit}"
+        most = "least" if self.at_least else "most"
+        return f"at {most} {self.limit:g}{' s' * self.first_step}"
 
     def __str__(self) -> str:
         what = f"{self.over.method}{', clipped' * self.over.clip}"
-        return f"{what}: first step" if self.first_step else what
+        return what + ": first step" * self.first_step
 
 
 def targets(dry: bool) -> list[Target]:
@@ -107,29 +98,6 @@ def targets(dry: bool) -> list[Target]:
     ]
 
 
-class Setting:
-    """What all arms of a model begin with."""
-
-    def __init__(self, shapes: Groups, machine: Machine) -> None:
-        self.machine = machine
-        self.groups = make_groups(shapes, torch.float32, machine.device)
-        self.norm = max_norm(self.groups)
-        self.begin = start(self.groups, Task(METHODS["AdamW"], None))
-        self.known: dict[tuple[str, bool], Expected] = {}
-
-    def runner(self, arm: Arm) -> Runner:
-        """The arm, verified."""
-        task = Task(METHODS[arm.method], self.norm if arm.clip else None)
-        case = arm.method, arm.clip
-        if case not in self.known:
-            self.known[case] = expected(self.begin, self.groups, task)
-        contender = MAKERS[arm.who](self.groups, task)
-        return prepare(contender, self.groups, self.begin, self.known[case], self.machine)
-
-    def restore(self) -> None:
-        set_grads(params_of(self.groups), self.begin.grads)
-
-
 def measure_targets(machine: Machine) -> list[Row]:
     """A row for each target, also where time or memory did not allow it.
 
@@ -137,117 +105,90 @@ def measure_targets(machine: Machine) -> list[Row]:
     time than the one before took.
     """
     todo, of = targets(machine.dry), of_targets(machine.dry)
-
-    def cost(target: Target) -> tuple[int, str, bool]:
-        return count(of[target.model]), target.model, target.slow
-
-    console = Console(stderr=True)
-    shown = track(sorted(todo, key=cost), "targets", console=console, transient=True)
+    ordered = sorted(todo, key=lambda t: (count(of[t.model]), t.model, t.slow))
+    shown = track(ordered, "targets", console=Console(stderr=True), transient=True)
     rows: dict[Target, Row] = {}
     spent = 0.0
     for model, some in groupby(shown, key=lambda target: target.model):
         fits = affordable(Job("target", model), of[model], machine) >= 2
-        setting = cache(partial(Setting, of[model], machine))  # made by the first that is measured
+        # Made by the first that is measured.
+        setting = cache(partial(Setting, of[model], torch.float32, machine.device))
         for target in some:
-            since = time.monotonic()
+            since, found = time.monotonic(), {"verdict": "not measured: memory"}
             if machine.left() < spent:
-                found: Row = {"verdict": "not measured: time"}
-            elif not fits:
-                found = {"verdict": "not measured: memory"}
-            else:
+                found = {"verdict": "not measured: time"}
+            elif fits:
                 found = measured(target, setting, machine)
                 release(machine)
                 spent = time.monotonic() - since
-            rows[target] = {**row_of(target, of[model]), **found}
+            asked = {"what": str(target), "model": model, "parameters": count(of[model])}
+            asked |= {"tensors": sum(map(len, of[model])), "target": target.wanted}
+            asked |= {"unit": " s" * target.first_step, "met": False}
+            asked["arms"] = [target.over.name(), target.under.name()]
+            asked |= dict.fromkeys(("value", "p20", "p80", "rounds", "ms"))
+            rows[target] = {**asked, **found}
     return [rows[target] for target in todo]
-
-
-def row_of(target: Target, shapes: Groups) -> Row:
-    """What a target is; what was found comes on top of it."""
-    return {
-        "what": str(target),
-        "model": target.model,
-        "parameters": count(shapes),
-        "tensors": sum(map(len, shapes)),
-        "arms": [target.over.name(""), target.under.name("")],
-        "target": target.wanted,
-        "unit": target.unit,
-        "met": False,
-        **dict.fromkeys(("value", "p20", "p80", "rounds", "ms")),
-    }
 
 
 def measured(target: Target, setting: Callable[[], Setting], machine: Machine) -> Row:
     """Value, spread and verdict; whoever fails or is wrong has missed the target."""
     try:
-        of = first_steps(target, machine) if target.first_step else steps(target, setting())
+        names, times, notes = (first_steps if target.first_step else steps)(
+            target, setting, machine
+        )
     except Exception as error:  # whatever it is, the other targets shall be measured
         return {"verdict": f"missed: {reason(error)}"}
-    names, times, notes = of
-    compare = operator.sub if target.first_step else operator.truediv
-    values = list(map(compare, *times))
+    pairs = zip(*times, strict=True)
+    values = [1e-3 * (a - b) if target.first_step else a / b for a, b in pairs]
     value, p20, p80 = spread(values)
     met = value >= target.limit if target.at_least else value <= target.limit
-    return {
-        "arms": names,
-        "value": value,
-        "p20": p20,
-        "p80": p80,
-        "rounds": len(values),
-        "ms": [1e3 * statistics.median(each) for each in times],
-        "met": met,
-        "verdict": "; ".join(["met" if met else "missed", *notes]),
-    }
+    row = {"arms": names, "value": value, "p20": p20, "p80": p80, "rounds": len(values)}
+    row |= {"ms": list(map(statistics.median, times)), "met": met}
+    return {**row, "verdict": "; ".join(["met" if met else "missed", *notes])}
 
 
-Times = tuple[list[str], list[list[float]], list[str]]
-"""What the two arms are called, the seconds of each, and where torch is inexact."""
+Found = tuple[list[str], list[list[float]], list[str]]
+"""What the two arms are called, the milliseconds of each, and where torch is inexact."""
 
 
-def steps(target: Target, setting: Setting) -> Times:
+def steps(target: Target, of: Callable[[], Setting], machine: Machine) -> Found:
     """Verify both arms, then time them, each as often after the other as before it."""
-    arms = (target.over, target.under)
-    runners = [setting.runner(arm) for arm in arms]
-    backends = [getattr(runner.contender.optimizer, "backend", "") for runner in runners]
-    verdicts = [str(runner.verdict) for runner in runners]
-    notes = [note_of(arm, verdict) for arm, verdict in zip(arms, verdicts, strict=True)]
-    timed = {(str(i), "all"): Timed(r.contender.step) for i, r in enumerate(runners)}
-    pairs = least(target, setting.machine)
-    ms = rounds(timed, setting.machine, setting.restore, pairs, MOST)
-    names = [arm.name(backend) for arm, backend in zip(arms, backends, strict=True)]
-    return names, [[1e-3 * each for each in of] for of in ms.values()], [*filter(None, notes)]
+    setting, names, notes, timed = of(), [], [], {}
+    for place, arm in enumerate((target.over, target.under)):
+        task = setting.task(METHODS[arm.method], arm.clip)
+        runner = prepare(MAKERS[arm.who](setting.groups, task), setting, task, machine)
+        notes += note_of(arm, str(runner.verdict))
+        names.append(arm.name(runner.backend))
+        timed |= runner.timed(str(place))
+    least = 2 if target.slow or machine.seconds < LITTLE else LEAST
+    return names, [*rounds(timed, machine, setting.set_grads, least, MOST).values()], notes
 
 
-def first_steps(target: Target, machine: Machine) -> Times:
-    """The first step, which then verifies what it has compiled."""
-    arms = (target.over, target.under)
-    names, seconds = ["", ""], [[], []]
-    for pair in range(least(target, machine)):
-        for place in (0, 1) if pair % 2 == 0 else (1, 0):
-            options = ["--reference"] * (arms[place].who == REFERENCE)
-            command = [sys.executable, str(FIRST_STEP), target.model, *options]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            answer = json.loads(done.stdout)
-            note_of(arms[place], answer["verdict"])
-            names[place] = arms[place].name(answer["backend"])
-            seconds[place].append(answer["seconds"])
-    return names, seconds, []
+def first_steps(target: Target, _of: Callable[[], Setting], machine: Machine) -> Found:
+    """Of processes that are started in turns; each then verifies what it has compiled."""
+    arms = {"0": target.over, "1": target.under}
+    names = {}
+
+    def first_step(place: str) -> float:
+        options = ["--reference"] * (arms[place].who == REFERENCE)
+        command = [sys.executable, str(FIRST_STEP), target.model, *options]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        answer = json.loads(done.stdout)
+        note_of(arms[place], answer["verdict"])
+        names[place] = arms[place].name(answer["backend"])
+        return 1e3 * answer["seconds"]
+
+    timed = {(place, ""): partial(first_step, place) for place in arms}
+    pairs = 2 if machine.seconds < LITTLE else 4
+    times = rounds(timed, machine, machine.wait, pairs, pairs)
+    return [names[place] for place in arms], [*times.values()], []
 
 
-def least(target: Target, machine: Machine) -> int:
-    """Pairs, of steps or processes, as far as the seconds of a pair do not allow more."""
-    if machine.dry:
-        return 1
-    if target.slow or machine.seconds < LITTLE:
-        return 2
-    return 4 if target.first_step else LEAST
-
-
-def note_of(arm: Arm, verdict: str) -> str:
+def note_of(arm: Arm, verdict: str) -> list[str]:
     """What is to be said of an arm whose results differ; raises where that is fusedreg's.
 
     torch's norm of a large float32 tensor is inexact on a CPU, by 3e-3 for GPT-2's embedding.
     """
     if verdict and not arm.who.startswith("torch"):
-        raise ArithmeticError(f"{arm.name('')}: {verdict}")
-    return f"{arm.who}: {verdict}" if verdict else ""
+        raise ArithmeticError(f"{arm.name()}: {verdict}")
+    return [f"{arm.who}: {verdict}"] * bool(verdict)

@@ -1,7 +1,9 @@
-"""A griffe extension: docstrings, written for `help()`, as the Markdown of the API reference."""
+"""A griffe extension: docstrings and signatures, as `help()` has them, for the API reference."""
 
 from __future__ import annotations
 
+import inspect
+import pydoc
 import re
 from typing import Any
 
@@ -28,10 +30,34 @@ def to_markdown(docstring: str) -> str:
     return docstring
 
 
+def spell_out_options(init: Any) -> None:
+    """Replace `**options: Unpack[...]` of a constructor by the parameters that Python shows.
+
+    They are declared elsewhere, so the class is imported for them.
+    """
+    shown = inspect.signature(pydoc.locate(init.parent.path)).parameters
+    *_, last = init.parameters
+    del init.parameters[last.name]
+    for name, parameter in shown.items():
+        if name not in init.parameters:
+            hint = inspect.formatannotation(parameter.annotation)
+            init.parameters.add(
+                griffe.Parameter(
+                    name,
+                    annotation=re.sub(r"(\w+\.)+(?=[A-Z])", "", hint),  # without modules
+                    kind=griffe.ParameterKind.keyword_only,
+                    default=repr(parameter.default),
+                )
+            )
+
+
 class Docstrings(griffe.Extension):
-    """Rewrites every docstring that the reference shows."""
+    """Rewrites every docstring and constructor that the reference shows."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe with each object that it has read."""
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)
+        parameters = obj.parameters if isinstance(obj, griffe.Function) else ()
+        if any(str(each.annotation).startswith("Unpack[") for each in parameters):
+            spell_out_options(obj)

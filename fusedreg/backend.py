@@ -1,7 +1,7 @@
 """Which path runs a parameter: triton's kernels, LLVM's, or the reference.
 
-This is the only importer of `fusedreg.kernels`. Nothing of them is imported before a parameter is
-stepped by them, so a machine without triton pays and needs nothing.
+This is the only importer of triton's and LLVM's backends, and imports one only when a parameter is
+stepped by it. So a machine without triton needs nothing and waits for nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fusedreg.contract import UpdateRule
 from fusedreg.dist import is_sharded_alike, local
+from fusedreg.formats import Format, Plain
+from fusedreg.kernels.contract import Backend
+from fusedreg.types import Settings
 
 FLOOR = (3, 3)
 """The oldest triton that compiles and interprets the kernels."""
@@ -28,7 +31,9 @@ NEEDED = f"triton>={FLOOR[0]}.{FLOOR[1]}"
 """As pip is told."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What kernels load and store."""
+"""Dtypes of numbers that kernels load and store."""
+STORED = (*DTYPES, torch.int32, torch.int16, torch.int8)
+"""Dtypes of what a format stores."""
 
 
 def problem() -> str | None:
@@ -48,12 +53,12 @@ def problem() -> str | None:
 
 
 @cache
-def kernels() -> ModuleType | None:
-    """`fusedreg.kernels.gpu.backend`, or None after one warning where triton cannot be used."""
+def kernels() -> Backend | None:
+    """Triton's backend, or None after one warning where triton cannot be used."""
     found = problem()
     if found is None:
         # A missing module of our own is an error, never a silent slow path.
-        return importlib.import_module("fusedreg.kernels.gpu.backend")
+        return _backend("fusedreg.kernels.gpu.backend")
     warnings.warn(
         f"{found}, so fusedreg steps GPU parameters on its slow reference path. Install "
         f"'{NEEDED}', or pass fused=False to choose the reference without this warning.",
@@ -85,14 +90,19 @@ def host_problem() -> str | None:
 
 
 @cache
-def host_kernels() -> ModuleType | None:
-    """`fusedreg.kernels.cpu.backend`, or None where llvmlite cannot be used."""
+def host_kernels() -> Backend | None:
+    """LLVM's backend, or None where llvmlite cannot be used."""
     if host_problem() is not None:
         return None
-    return importlib.import_module("fusedreg.kernels.cpu.backend")
+    return _backend("fusedreg.kernels.cpu.backend")
 
 
-def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | None:
+def _backend(module: str) -> Backend:
+    found: Backend = importlib.import_module(module).BACKEND
+    return found
+
+
+def device_kernels(device: torch.device, fused: bool | None) -> Backend | None:
     """The kernels that step parameters of a device, None for the reference.
 
     Triton's on a GPU and LLVM's on a CPU, unless `fused` is False; with fused=True triton's on a
@@ -108,7 +118,12 @@ def device_kernels(device: torch.device, fused: bool | None) -> ModuleType | Non
     return kernels() if fused and interpreted() else host_kernels()
 
 
-def kernels_for(param: Tensor, fused: bool | None) -> ModuleType | None:
+def kernels_of(rule: UpdateRule, group: Settings, param: Tensor) -> Backend | None:
+    """What steps a parameter of an optimizer, None for the reference path."""
+    return None if rule.device_rule(group) is None else kernels_for(param, group["fused"])
+
+
+def kernels_for(param: Tensor, fused: bool | None) -> Backend | None:
     """The kernels that step `param`, None for the reference path."""
     launch = device_kernels(param.device, fused)
     grad = param.grad
@@ -118,8 +133,8 @@ def kernels_for(param: Tensor, fused: bool | None) -> ModuleType | None:
     return launch if fits else None
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is strided memory of a real floating dtype that kernels load.
+def is_plain(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> bool:
+    """Whether `tensor` is strided memory of a real dtype that kernels load.
 
     Complex tensors and subclasses that dispatch by themselves are not; of a DTensor the local part
     counts.
@@ -130,29 +145,44 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
         and tensor.layout is torch.strided
-        and tensor.dtype in DTYPES
+        and tensor.dtype in dtypes
         and not tensor.is_neg()  # lazily negated
         and not tensor._is_zerotensor()
     )
 
 
-def is_walkable(tensor: Tensor) -> bool:
+def is_walkable(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> bool:
     """Whether `tensor` is plain and without gaps, so that kernels can walk it in storage order."""
-    return is_plain(tensor) and (local(tensor).is_contiguous() or _is_dense(local(tensor)))
+    plain = is_plain(tensor, dtypes)
+    return plain and (local(tensor).is_contiguous() or _is_dense(local(tensor)))
 
 
-def is_walkable_with(param: Tensor, moments: Sequence[Tensor], counts: Sequence[Tensor]) -> bool:
-    """Whether kernels can walk the moments along with `param`, once they are laid out like it."""
+def is_walkable_with(
+    param: Tensor, storage: Format, planes: Sequence[Tensor], counts: Sequence[Tensor]
+) -> bool:
+    """Whether kernels can walk the states along with `param`, once they are laid out like it.
+
+    Args:
+        param: the parameter.
+        storage: how its states are stored.
+        planes: the tensors that they are stored in, state by state.
+        counts: its counts.
+    """
+    plain = isinstance(storage, Plain)
+    if storage.codec is None and not plain:
+        return False
+    dtypes = DTYPES if plain else STORED
+    each = len(storage.suffixes)
     return (
         all(
-            moment.shape == param.shape
-            and moment.device == param.device
-            and is_walkable(moment)
-            and is_sharded_alike(param, moment)
-            for moment in moments
+            plane.shape == param.shape
+            and plane.device == param.device
+            and is_walkable(plane, dtypes)
+            and is_sharded_alike(param, plane)
+            for plane in planes
         )
         and all(count.device == param.device and count.dtype in DTYPES for count in counts)
-        and len({moment.dtype for moment in moments}) <= 1
+        and all(len({plane.dtype for plane in planes[k::each]}) <= 1 for k in range(each))
     )
 
 

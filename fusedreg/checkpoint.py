@@ -6,14 +6,18 @@ import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
+from fusedreg.contract import UpdateRule
 from fusedreg.dist import mesh_of, sharded_as
-from fusedreg.scalars import wide_dtype
+from fusedreg.formats import Plain, planes_of
+from fusedreg.options import Option
+from fusedreg.scalars import Count, wide_dtype
+from fusedreg.types import ParamGroup
 
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 """Group options that say how to run here; a file from another machine must not change them."""
@@ -40,7 +44,23 @@ OPTIONS_OF_CLASSES = frozenset(
 """Options by which they are known."""
 
 
-def check_keys(state_dict: Any) -> None:
+class Loading(Protocol):
+    """The part of an optimizer that decides what it can load; see FusedOptimizer."""
+
+    defaults: ParamGroup
+    param_groups: list[ParamGroup]
+    tensor_states: tuple[str, ...]
+    counts: Mapping[str, Count]
+    late_states: tuple[str, ...]
+    device_options: tuple[str, ...]
+    fixed_options: Mapping[str, object]
+
+    @property
+    def declared_options(self) -> Mapping[str, Option]:
+        """The declaration of each option that all classes have."""
+
+
+def check_keys(state_dict: object) -> None:
     """Raise unless it has the structure of a state_dict."""
     parts = {"state": Mapping, "param_groups": Sequence}
     has = state_dict if isinstance(state_dict, Mapping) else {}
@@ -68,13 +88,13 @@ def is_absent(value: object) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def check_states(state_dict: StateDict, rule: Any) -> None:
-    """Raise unless each parameter has the states that class `rule` keeps, all or none.
+def check_states(state_dict: StateDict, optimizer: Loading) -> None:
+    """Raise unless each parameter has the states that the optimizer keeps, all or none.
 
     What else it has is a user's own, unless its name is that of a state that other classes keep.
     """
-    _check_class(state_dict["param_groups"], rule)
-    known = {*rule.scalar_states, *rule.tensor_states}
+    _check_class(state_dict["param_groups"], optimizer)
+    who, known = type(optimizer).__name__, {*optimizer.counts, *optimizer.tensor_states}
     ids = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key, state in state_dict["state"].items():
         if key not in ids:
@@ -92,10 +112,10 @@ def check_states(state_dict: StateDict, rule: Any) -> None:
         foreign = [name for name in present if name in STATES_OF_CLASSES - known]
         if foreign:
             raise ValueError(
-                f"loaded state dict contains {foreign[0]!r} for parameter {key}, which "
-                f"{rule.__name__} does not keep: load it into the class that it was saved from"
+                f"loaded state dict contains {foreign[0]!r} for parameter {key}, which {who} does "
+                "not keep: load it into the class that it was saved from"
             )
-        missing = sorted(known - {*rule.late_states, *present})
+        missing = sorted(known - {*optimizer.late_states, *present})
         if missing and not known.isdisjoint(present):
             raise ValueError(
                 f"loaded state dict lacks {missing[0]!r} for parameter {key}: it was not written "
@@ -103,25 +123,25 @@ def check_states(state_dict: StateDict, rule: Any) -> None:
             )
 
 
-def _check_class(saved_groups: Sequence[Mapping[str, Any]], rule: Any) -> None:
-    """Raise where a group lacks an option of class `rule` and has one of another class.
+def _check_class(saved_groups: Sequence[Mapping[str, object]], optimizer: Loading) -> None:
+    """Raise where a group lacks an option of this class and has one of another class.
 
     The names of states do not always tell: torch's Muon has a `momentum_buffer` as SGD has, and SGD
     without momentum has no state at all. One of the two alone is no sign: a file may lack options,
     and wrappers add their own.
     """
-    own = set(rule.device_options)
+    who, own = type(optimizer).__name__, set(optimizer.device_options)
     for index, saved in enumerate(saved_groups):
         missing = sorted(own - saved.keys())
         foreign = sorted(OPTIONS_OF_CLASSES & saved.keys() - own)
         if missing and foreign:
             raise ValueError(
                 f"loaded state dict contains {foreign[0]!r} and lacks {missing[0]!r} in group "
-                f"{index}, unlike {rule.__name__}: load it into the class that it was saved from"
+                f"{index}, unlike {who}: load it into the class that it was saved from"
             )
 
 
-def keys_beyond_torch(optimizer: Any) -> frozenset[str]:
+def keys_beyond_torch(optimizer: Loading) -> frozenset[str]:
     """Options that a file of the torch.optim class of the same name lacks.
 
     Empty where one of them has an effect or a default that has one, and where torch has no such
@@ -133,18 +153,18 @@ def keys_beyond_torch(optimizer: Any) -> frozenset[str]:
         return frozenset()
     of_torch = {*inspect.signature(namesake).parameters, *optimizer.fixed_options}
     beyond = frozenset(optimizer.defaults.keys() - of_torch)
-    neutral = {"decay_lr": "lr_independent_decay"}  # what makes an option count
-    for options in (optimizer.defaults, *optimizer.param_groups):
-        for name in beyond.difference(EXECUTION_FLAGS):
-            used = options[neutral.get(name, name)]
-            if used != optimizer.neutral_options[neutral.get(name, name)]:
+    declared = optimizer.declared_options
+    for name in beyond.difference(EXECUTION_FLAGS):
+        if name not in declared:  # of a subclass, which alone knows what it does
+            return frozenset()
+        switch = declared[name].needs or name
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            if options[switch] != declared[switch].default:
                 return frozenset()
     return beyond
 
 
-def merge_groups(
-    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def merge_groups(groups: list[ParamGroup], saved_groups: list[ParamGroup]) -> list[ParamGroup]:
     """Saved hyper-parameters over the present ones, with the present parameters and flags."""
     if len(groups) != len(saved_groups):
         raise ValueError(
@@ -166,11 +186,11 @@ def merge_groups(
 
 
 def restore_state(
-    groups: list[dict[str, Any]], state_dict: StateDict, rule: Any
+    groups: list[ParamGroup], state_dict: StateDict, optimizer: Loading
 ) -> defaultdict[Tensor, Any]:
     """Copies of the saved states, keyed by the parameters of `groups`.
 
-    State that belongs to no parameter, or that class `rule` does not know, is kept as it is.
+    State that belongs to no parameter, or that the class does not know, is kept as it is.
     """
     params = [(param, group["state_dtype"]) for group in groups for param in group["params"]]
     saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -183,10 +203,10 @@ def restore_state(
         param, state_dtype = by_id[key]
         restored = {}
         for name, value in saved.items():
-            if name in rule.scalar_states:
+            if name in optimizer.counts:
                 if not is_absent(value):
-                    restored[name] = _count(key, name, value, param)
-            elif name in rule.tensor_states:
+                    restored[name] = _count(key, name, value, param, optimizer.counts[name])
+            elif name in optimizer.tensor_states:
                 if not is_absent(value):
                     restored[name] = _moment(key, name, value, param, state_dtype)
             elif isinstance(value, Tensor):
@@ -198,28 +218,31 @@ def restore_state(
     return state
 
 
-def _count(key: Any, name: str, value: Any, param: Tensor) -> Tensor:
+def _count(key: object, name: str, value: object, param: Tensor, declared: Count) -> Tensor:
     """One number on the parameter's device, in a dtype that can count."""
-    # A file older than torch 1.12 has a Python number. A default device would move a tensor.
-    number = not isinstance(value, Tensor)
     what = f"loaded state dict contains {name!r}"
-    if number and not isinstance(value, (int, float)):
+    if isinstance(value, Tensor):
+        count = value
+    elif isinstance(value, (int, float)):  # in a file older than torch 1.12
+        count = torch.as_tensor(value, device=param.device)
+    else:
         raise ValueError(f"{what} as {type(value).__name__} for parameter {key}, not a number")
-    count: Tensor = torch.as_tensor(value, device=param.device) if number else value
     if count.numel() != 1:
         raise ValueError(
             f"{what} of shape {tuple(count.shape)} for parameter {key}, but it is one number"
         )
-    if count.is_complex() or (name == "step" and not count >= 0):
-        raise ValueError(f"{what} {count.item()} for parameter {key}, but it counts from 0")
-    # Another class may have narrowed it: a bfloat16 count would stand still at 256.
-    least = torch.float32 if name == "step" else wide_dtype(param.device)
+    if count.is_complex() or not count >= declared.least:
+        raise ValueError(
+            f"{what} {count.item()} for parameter {key}, but it is a number >= {declared.least:g}"
+        )
+    # Another class may have narrowed it: a bfloat16 count would stop at 256.
+    least = wide_dtype(param.device) if declared.wide else torch.float32
     dtype = torch.promote_types(count.dtype, least)
     return count.detach().to(param.device, dtype, copy=True)
 
 
 def _moment(
-    key: Any, name: str, value: Any, param: Tensor, state_dtype: torch.dtype | None
+    key: object, name: str, value: object, param: Tensor, state_dtype: torch.dtype | None
 ) -> Tensor:
     """A tensor of the parameter's shape, device and placements, never narrowed unasked."""
     what = f"loaded state dict contains {name!r}"
@@ -249,3 +272,37 @@ def _moment(
         dtype = dtype.to_complex()
     restored: Tensor = value.detach().to(param.device, dtype, copy=True)
     return restored
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+
+def join_planes(rule: UpdateRule, groups: Sequence[ParamGroup], packed: StateDict) -> None:
+    """Replace the planes of each state by the state itself, as its format says."""
+    for group, packed_group in zip(groups, packed["param_groups"], strict=True):
+        for param, key in zip(group["params"], packed_group["params"], strict=True):
+            storage = rule.state_format(group, param)
+            if isinstance(storage, Plain) or key not in packed["state"]:
+                continue
+            state = dict(packed["state"][key])
+            for name in rule.tensor_states:
+                planes = planes_of(storage, [name])
+                if planes[0] in state:
+                    state[name] = storage.to_checkpoint([state.pop(plane) for plane in planes])
+            packed["state"][key] = state
+
+
+def split_into_planes(
+    rule: UpdateRule, groups: Sequence[ParamGroup], states: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Replace each state of a file by its planes, as its format says."""
+    for group in groups:
+        for param in group["params"]:
+            storage = rule.state_format(group, param)
+            state = states.get(param)
+            if isinstance(storage, Plain) or state is None:
+                continue
+            for name in rule.tensor_states:
+                if name in state:
+                    planes = storage.from_checkpoint(state.pop(name))
+                    state.update(zip(planes_of(storage, [name]), planes, strict=True))

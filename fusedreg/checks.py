@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import takewhile
 from numbers import Real
 from operator import eq
@@ -16,8 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fusedreg.dist import mesh_of
 from fusedreg.scalars import on_host
-
-L1_MODES = ("prox", "decoupled", "subgradient")
+from fusedreg.types import ParamGroup
 
 TORCH_KEYS = frozenset(("params", "param_names", "initial_lr"))
 """What torch itself writes into a group."""
@@ -54,20 +53,43 @@ def check_number(
         raise ValueError(f"Invalid {label}: {value} (expected 0 <= value{upper})")
 
 
+def check_nonnegative(group: ParamGroup, name: str, read_device: bool) -> None:
+    """Raise unless option `name` of a group is a number >= 0."""
+    check_number(name, group[name], read_device=read_device)
+
+
+def check_finite(group: ParamGroup, name: str, read_device: bool) -> None:
+    """Raise unless option `name` of a group is a finite number >= 0."""
+    check_number(name, group[name], below=float("inf"), read_device=read_device)
+
+
+def misspelt(key: object, known: Iterable[str]) -> str | None:
+    """The known name that is one edit away from a key, if there is one."""
+    return next((name for name in known if _is_one_edit(str(key), name)), None)
+
+
 def check_keys(
-    group: dict[str, Any], known: Collection[str], own: Mapping[str, Any], warned: set[str]
+    group: ParamGroup,
+    known: Collection[str],
+    own: Mapping[str, object],
+    warned: set[str],
+    *,
+    new: bool = False,
 ) -> None:
-    """Refuse what belongs to the optimizer, and warn once of a key that looks like a misspelt one.
+    """Raise for a key that belongs to the optimizer or that is a misspelt option.
 
     Args:
-        group: a param group; any other key in it is a user's own.
+        group: a param group. Keys that resemble no option are a user's own.
         known: options of a group.
         own: options of the optimizer and their values. A wrapper may repeat them in its groups, as
             ZeroRedundancyOptimizer does.
-        warned: keys that were named before; more are added.
+        warned: keys that there was a warning of; more are added.
+        new: whether a user has just passed the group. Of a misspelt option that appears later,
+            there is one warning.
 
     Raises:
-        ValueError: a group has another value of one of `own`, which would be ignored there.
+        ValueError: a group has another value of one of `own`, which would be ignored there; a new
+            group has a misspelt option.
     """
     for name, value in own.items():
         if name in group and group[name] != value:
@@ -79,12 +101,16 @@ def check_keys(
     for key in group:
         if key in known or key in TORCH_KEYS or key in own or key in warned:
             continue
-        near = [name for name in (*known, *own) if _is_one_edit(str(key), name)]
-        if near:
+        near = misspelt(key, (*known, *own))
+        if near is not None and new:
+            raise ValueError(
+                f"Invalid key in a param group: {key!r} (it is no option: did you mean {near!r}? "
+                "If it is a key of your own, rename it)"
+            )
+        if near is not None:
             warned.add(key)
             warnings.warn(
-                f"the param group key {key!r} is no option and has no effect: "
-                f"is {near[0]!r} meant?",
+                f"the param group key {key!r} is no option and has no effect: is {near!r} meant?",
                 stacklevel=4,
             )
 
@@ -123,7 +149,7 @@ def check_is_fake(param: Tensor, who: str) -> None:
         )
 
 
-def check_flags(group: dict[str, Any]) -> None:
+def check_flags(group: ParamGroup, *_: object) -> None:
     """Raise where `fused`, `foreach` and `differentiable` exclude each other or are not offered."""
     if group["fused"] and group["differentiable"]:
         raise RuntimeError("`fused` does not support `differentiable`")
@@ -136,33 +162,14 @@ def check_flags(group: dict[str, Any]) -> None:
         )
 
 
-def check_lr_independent_decay(group: dict[str, Any], read_device: bool = False) -> None:
-    """Raise where the decay is asked to leave out lr and cannot."""
-    decay_lr = group["decay_lr"]
-    if decay_lr is not None:
-        check_number("decay_lr", decay_lr, read_device=read_device)
-    if not group["lr_independent_decay"]:
-        return
-    if not group["decoupled_weight_decay"]:
-        raise ValueError(
-            "lr_independent_decay=True needs decoupled_weight_decay=True: a coupled decay is part "
-            "of the gradient, and what lr does to that it does to the decay"
-        )
-    if (not isinstance(decay_lr, Tensor) or read_device or on_host(decay_lr)) and decay_lr == 0:
-        raise ValueError(
-            "Invalid decay_lr value: 0 (with lr_independent_decay=True a step decays by "
-            "weight_decay * lr / decay_lr, where decay_lr is the lr that the group was added with: "
-            "add it with the largest of its schedule)"
-        )
+def check_state_dtype(group: ParamGroup, name: str, _: bool) -> None:
+    """Raise unless the moments can be stored in this dtype."""
+    if group[name] not in STATE_DTYPES:
+        expected = f"expected one of {STATE_DTYPES}"
+        raise ValueError(f"Invalid {name} value: {group[name]!r} ({expected})")
 
 
-def check_state_dtype(dtype: object) -> None:
-    """Raise unless the moments can be stored in `dtype`."""
-    if not (dtype is None or dtype in STATE_DTYPES):
-        raise ValueError(f"Invalid state_dtype value: {dtype!r} (expected one of {STATE_DTYPES})")
-
-
-def describe(groups: list[dict[str, Any]], number: int, index: int) -> str:
+def describe(groups: list[ParamGroup], number: int, index: int) -> str:
     """Name, shape, dtype and device of parameter `index` of group `number`, for an error."""
     param = groups[number]["params"][index]
     names = groups[number].get("param_names", [])
@@ -170,9 +177,14 @@ def describe(groups: list[dict[str, Any]], number: int, index: int) -> str:
     return f"parameter {name} of shape {tuple(param.shape)}, {param.dtype}, {param.device}"
 
 
-def check_param(groups: list[dict[str, Any]], number: int, index: int) -> None:
-    """Raise where a parameter cannot be stepped, or not with the penalties of its group."""
-    param, l1 = groups[number]["params"][index], groups[number]["l1"]
+def check_param(
+    problems: Iterable[Callable[[ParamGroup, Tensor], str | None]],
+    groups: list[ParamGroup],
+    number: int,
+    index: int,
+) -> None:
+    """Raise where a parameter cannot be stepped, or one of `problems` says why not."""
+    param = groups[number]["params"][index]
     if is_lazy(param):  # of a lazy module: nothing is known before the first forward
         return
     if param.is_conj():
@@ -180,15 +192,13 @@ def check_param(groups: list[dict[str, Any]], number: int, index: int) -> None:
             "view_as_real doesn't work on unresolved conjugated tensors: make the parameter from "
             f"resolve_conj() ({describe(groups, number, index)})"
         )
-    if param.is_complex() and not (isinstance(l1, Real) and l1 == 0):
-        raise ValueError(
-            f"Invalid l1 value: {l1} for a complex parameter: a step treats it as pairs of reals, "
-            "whose soft-threshold is not that of the modulus. Put it into a group with l1=0 "
-            f"({describe(groups, number, index)})"
-        )
+    for problem_of in problems:
+        problem = problem_of(groups[number], param)
+        if problem is not None:
+            raise ValueError(f"{problem} ({describe(groups, number, index)})")
 
 
-def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) -> None:
+def check_grad(who: str, groups: list[ParamGroup], number: int, index: int) -> None:
     """Raise where the gradient of a parameter cannot be used by the optimizer called `who`."""
     param = groups[number]["params"][index]
     grad = param.grad
@@ -235,7 +245,7 @@ def check_grad(who: str, groups: list[dict[str, Any]], number: int, index: int) 
         raise RuntimeError(f"{problem} ({describe(groups, number, index)})")
 
 
-def check_moment(group: dict[str, Any], param: Tensor, name: str, value: Any) -> None:
+def check_moment(group: ParamGroup, param: Tensor, name: str, value: object) -> None:
     """Raise where a tensor state does not fit its parameter; None is taken for none."""
     if value is None or is_lazy(param):
         return
@@ -253,7 +263,7 @@ def check_moment(group: dict[str, Any], param: Tensor, name: str, value: Any) ->
     )
 
 
-def check_count(group: dict[str, Any], param: Tensor, name: str, value: Any) -> None:
+def check_count(group: ParamGroup, param: Tensor, name: str, value: object) -> None:
     """Raise where a state that is one number is something else; None is taken for none."""
     if value is None or (isinstance(value, Real) and math.isfinite(value)):
         return
@@ -271,7 +281,7 @@ def check_count(group: dict[str, Any], param: Tensor, name: str, value: Any) -> 
     )
 
 
-def _describe_one(group: dict[str, Any], param: Tensor) -> str:
+def _describe_one(group: ParamGroup, param: Tensor) -> str:
     """`describe`, where the place of the parameter has to be found first."""
     index = next(i for i, other in enumerate(group["params"]) if other is param)
     return describe([group], 0, index)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, field, fields, replace
-from functools import partial, wraps
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from types import MappingProxyType
 from typing import Any, ClassVar, overload
 
@@ -20,66 +21,63 @@ from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
+from typing_extensions import Unpack
 
-from fusedreg import backend, checkpoint, dist, reference
+from fusedreg import backend, checkpoint, dist
 from fusedreg.checks import (
-    L1_MODES,
-    check_count,
-    check_flags,
-    check_grad,
-    check_is_fake,
     check_keys,
-    check_lr_independent_decay,
-    check_moment,
     check_number,
     check_param,
-    check_state_dtype,
+    misspelt,
 )
-from fusedreg.dist import Group, ProcessGroup, Spread, local
-from fusedreg.engine.plan import NOT_BEFORE_CAPTURE, Plan, is_capturing
-from fusedreg.engine.watch import Inventory
-from fusedreg.norms import clip_factor, norms_by_spread
-from fusedreg.reference import Settings, State
-from fusedreg.scalars import Flag, Number, is_traced, is_zero, number, on_host, pair, settled
-
-Work = list[tuple[dict[str, Any], list[Tensor]]]
-"""Groups, each with those of its parameters that are stepped."""
+from fusedreg.dist import Group, ProcessGroup
+from fusedreg.formats import Format, Plain, planes_of
+from fusedreg.options import (
+    Option,
+    StepOptions,
+    TorchOptions,
+    complete_signature,
+    declarations,
+    nearest,
+)
+from fusedreg.penalties import L1, L2, L1Options, L2Options, Penalty
+from fusedreg.scalars import Count, Number, pair, settled
+from fusedreg.stepper import (
+    NOTHING,
+    Outcome,
+    Stepper,
+    Wishes,
+    check_norm_is_global,
+    home,
+    params_of,
+)
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 
 @dataclass
-class Own:
-    """What belongs to the optimizer and not to a param group.
+class OptimizerOptions:
+    """Options that belong to the optimizer and not to a param group, and what its steps report.
 
-    One object of the instance, because a wrapper may share the class and forward what it lacks, as
-    Lightning's do: its properties then read and write what is the optimizer's.
+    All in one object, because a wrapper may share the class and forward the attributes that it
+    lacks, as Lightning's wrappers do. Its properties then read and write those of the optimizer.
     """
 
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     process_group: Group | None = None
-    grad_norm: Tensor | None = None
-    skipped_steps: Tensor | None = None
-    launches: int = 0
+    outcome: Outcome = NOTHING
+    """Of the last step."""
     warned: set[str] = field(default_factory=set)
-    """Keys of groups that look like a misspelt option and were named once."""
+    """Keys of groups that look like a misspelt option and that there was a warning of."""
 
 
-OPTIONS: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "decoupled_weight_decay": False,
-    "lr_independent_decay": False,
-    "decay_lr": None,
-    "l1": 0.0,
-    "l1_mode": "prox",
-    "maximize": False,
-    "foreach": None,
-    "fused": None,
-    "differentiable": False,
-    "state_dtype": None,
-}
-"""Options of every param group, with the defaults of a class that does not say otherwise."""
-OWN_OPTIONS = {"max_grad_norm": None, "skip_nonfinite": False, "process_group": None}
-"""Those that belong to the optimizer, each a property of it."""
+class Options(L2Options, L1Options, StepOptions, total=False):
+    """Options that every class here has and no class of torch.optim."""
+
+
+class AllOptions(TorchOptions, StepOptions, L1Options, L2Options, total=False):
+    """All options that every class here has."""
+
 
 PLAIN = frozenset((float, int, bool, str, tuple, list, type(None), torch.dtype))
 """Types of options that stay as they are."""
@@ -112,48 +110,60 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class _Names:
+    """The names of a class's `counts`, also where it is read from the class."""
+
+    def __get__(self, _: object, owner: type[FusedOptimizer]) -> tuple[str, ...]:
+        return tuple(owner.counts)
+
+
 class FusedOptimizer(Optimizer):
     """Base class: clipping, penalties, loss scaling, skipping and checkpoints around one rule.
 
-    A subclass supplies a signature, the names of its states, `direction`, `gain` and `device_rule`;
+    A subclass supplies a signature, the names of its states, `update` and `device_rule`;
     docs/adding-an-optimizer.md goes through two. See docs/semantics.md for the order of a step and
     docs/engine.md for how a device runs it.
 
     Args:
         params: as every optimizer takes them.
-        defaults: `lr` and the options of the subclass, which may differ between groups.
+        defaults: `lr` and the options of the subclass, which may differ between groups. Options
+            that every class has may be among them.
         options: those that every class has, as in :class:`fusedreg.SGD`: weight_decay,
-            decoupled_weight_decay, lr_independent_decay, l1, l1_mode, maximize, foreach, fused,
-            differentiable, state_dtype, max_grad_norm, skip_nonfinite and process_group. They may
-            stand in `defaults` too.
+            decoupled_weight_decay, lr_independent_decay, decay_lr, l1, l1_mode, maximize, foreach,
+            fused, differentiable, state_dtype, max_grad_norm, skip_nonfinite and process_group.
 
     Raises:
-        TypeError: there is no such option.
+        TypeError: there is no such option, or a name in `defaults` is a misspelt one.
         ValueError: an option is out of range.
     """
 
     tensor_states: tuple[str, ...] = ()
     """Names of the states shaped like the parameter."""
-    scalar_states: tuple[str, ...] = ()
-    """Names of the 0-dim states."""
+    counts: Mapping[str, Count] = MappingProxyType({})
+    """The states of one number by name, such as `{"step": Count()}`, in the device rule's order."""
+    scalar_states = _Names()
+    """Names of `counts`."""
     late_states: tuple[str, ...] = ()
     """Names of those that an option turned on later adds, so that a checkpoint may lack them."""
     device_options: tuple[str, ...] = ()
     """Names of the options that the device rule takes, in its order; a pair counts as two."""
-    fixed_options: Mapping[str, Any] = MappingProxyType({})
+    option_sets: ClassVar[tuple[type, ...]] = (TorchOptions, StepOptions)
+    """TypedDicts that declare options, except those of penalties, `lr` and the rule's own."""
+    option_defaults: Mapping[str, object] = MappingProxyType({})
+    """Defaults of this class for declared options; the others have those of their declaration."""
+    fixed_options: Mapping[str, object] = MappingProxyType({})
     """Options that every group has, whatever a checkpoint of another class says."""
-    neutral_options: Mapping[str, Any] = MappingProxyType(OPTIONS)
-    """Options that every class has, with values that have no effect."""
-    own_options = frozenset(OWN_OPTIONS)
+    declared_options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
+    """All of `option_sets` and of `penalties`, by name."""
+    own_options: frozenset[str] = frozenset()
     """Options that belong to the optimizer, so that no group may have them."""
+    penalties: tuple[Penalty, ...] = (L1(), L2())
+    """What a step adds to the rule, in this order at each stage; see penalties/base.py."""
     layerwise: bool = False
     """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
 
     # Class attributes, so that an optimizer pickled by an older version has them too.
     _splitter: str | None = None
-    # Addresses are of this process and these tensors: a copy makes its own plan.
-    _plan: Plan | None = None
-    _captured: tuple[Plan, ...] = ()
     _kept_by_pickle: ClassVar[tuple[str, ...]] = (
         "_splitter",
         "_optimizer_step_pre_hooks",
@@ -168,40 +178,76 @@ class FusedOptimizer(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        defaults: Mapping[str, Any],
-        **options: Any,
+        defaults: Mapping[str, object],
+        **options: Unpack[AllOptions],
     ) -> None:
-        who = type(self).__name__
-        for name in options.keys() - OPTIONS.keys() - OWN_OPTIONS.keys():
-            raise TypeError(f"{who}.__init__() got an unexpected keyword argument {name!r}")
-        defaults = {**OPTIONS, **OWN_OPTIONS, **defaults, **options}
-        own = {name: defaults.pop(name) for name in OWN_OPTIONS}
-        for name in ("lr", *self.device_options):
-            if name not in defaults:
-                raise TypeError(f"{who} has no option {name!r} among its defaults")
-        self._own = Own()
-        for name, value in own.items():
-            setattr(self, name, value)
+        self._check_names(defaults, options)
+        values = {**self._class_defaults(), **defaults, **options}
+        self._own = OptimizerOptions()
+        for name in self.own_options:
+            setattr(self, name, values.pop(name))
         self._splitter = dist.constructing_splitter()
-        self.defaults = {name: settled(value) for name, value in defaults.items()}
-        self._check_group({**self.defaults}, read_device=True)
+        self._stepper = Stepper()
+        self.defaults = {name: settled(value) for name, value in values.items()}
+        self.validate({**self.defaults}, read_device=True)
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
-        self._check_norm_is_global()
+        if self._wishes().norm:
+            spreads = map(dist.spread_of, params_of(self.param_groups))
+            check_norm_is_global(spreads, self._splitter, self.process_group)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise where kernels would not run what a subclass says."""
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Complete the signature, and raise if kernels would run another rule than `update`."""
         super().__init_subclass__(**kwargs)
+        cls._declare_options()
         owner = {
             name: next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
-            for name in ("direction", "gain", "device_rule")
+            for name in ("update", "device_rule")
         }
-        for name in ("direction", "gain"):
-            if owner[name] < owner["device_rule"]:
+        if owner["update"] < owner["device_rule"]:
+            raise TypeError(
+                f"{cls.__name__} overrides update but not device_rule, so kernels would still "
+                "run the rule that it inherits: return the Rule that computes the same from "
+                "device_rule, or None for the reference path"
+            )
+
+    @classmethod
+    def _declare_options(cls) -> None:
+        """Gather all options, also those of penalties; show them in the constructor's signature."""
+        sets = (*cls.option_sets, *(penalty.options for penalty in cls.penalties))
+        cls.declared_options = MappingProxyType(declarations(*sets))
+        options = cls.declared_options.items()
+        cls.own_options = frozenset(name for name, option in options if not option.of_group)
+        changed = {**cls.option_defaults, **cls.fixed_options}
+        complete_signature(cls, changed, sets)
+
+    @classmethod
+    def _class_defaults(cls) -> dict[str, object]:
+        """The values of declared options where the constructor is given none."""
+        declared = {name: option.default for name, option in cls.declared_options.items()}
+        return {**declared, **cls.option_defaults, **cls.fixed_options}
+
+    @classmethod
+    def _check_names(cls, defaults: Mapping[str, object], options: Mapping[str, object]) -> None:
+        """Raise TypeError for a name that is no option, or if one that is needed is missing."""
+        who, declared = cls.__name__, cls.declared_options
+        parameters = inspect.signature(cls).parameters
+        for name in options:
+            if name not in declared:
                 raise TypeError(
-                    f"{cls.__name__} overrides {name} but not device_rule, so kernels would still "
-                    "run the rule that it inherits: return the Rule that computes the same from "
-                    "device_rule, or None for the reference path"
+                    f"{who}.__init__() got an unexpected keyword argument {name!r}"
+                    f"{nearest(name, parameters)}"
                 )
+        for name in defaults:
+            own = name in parameters or name in ("lr", *cls.device_options)
+            near = misspelt(name, declared)
+            if near is not None and not own and name not in declared:
+                raise TypeError(
+                    f"{who} has no option {name!r}, which is among its defaults. "
+                    f"Did you mean {near!r}?"
+                )
+        for name in ("lr", *cls.device_options):
+            if name not in declared and name not in defaults and name not in options:
+                raise TypeError(f"{who} has no option {name!r} among its defaults")
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
@@ -215,9 +261,9 @@ class FusedOptimizer(Optimizer):
             if not any(base.__module__.startswith("torch.optim.") for base in below.__bases__)
         ]
 
-    # ---- the contract: a subclass overrides the last three, and of the others what differs -------
+    # ---- the contract: a subclass overrides the last two, and the others where they differ -------
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Raise ValueError where an option of this class is out of range.
 
         Args:
@@ -229,18 +275,28 @@ class FusedOptimizer(Optimizer):
         """Those of `tensor_states` that a step of this group moves, in their order: here all."""
         return self.tensor_states
 
+    def first_value(self, group: Settings, name: str) -> Number:
+        """What every entry of a tensor state is before the first step: here 0."""
+        return 0.0
+
+    def state_format(self, group: Settings, param: Tensor) -> Format:
+        """How the tensor states of a parameter are stored: here as `state_dtype` says."""
+        return Plain(group["state_dtype"])
+
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Create what `state` lacks for the next step of `param`: zeros for `states` and `step`."""
-        if "step" in self.scalar_states and "step" not in state:
-            state["step"] = torch.zeros((), dtype=_count_dtype(param), device=param.device)
-        dtype = group["state_dtype"]
-        if dtype is not None and param.is_complex():
-            dtype = dtype.to_complex()
+        """Create what `state` lacks for the next step of `param`: counts, and zeros for `states`.
+
+        Counts in `late_states` are not created.
+        """
+        for name, count in self.counts.items():
+            if name not in state and name not in self.late_states:
+                state[name] = count.create(param)
+        storage = self.state_format(group, param)
         for name in self.states(group):
-            if name not in state:
-                state[name] = torch.zeros_like(
-                    param, dtype=dtype, memory_format=torch.preserve_format
-                )
+            planes = planes_of(storage, [name])
+            if planes[0] not in state:
+                created = storage.create(param, self.first_value(group, name))
+                state.update(zip(planes, created, strict=True))
 
     def device_rule(self, group: Settings) -> Any:
         """The rule for kernels: a `fusedreg.kernels.device.rules.Rule`, or the name of one there.
@@ -249,17 +305,22 @@ class FusedOptimizer(Optimizer):
         """
         return None
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
-        """What lr multiplies, and the new state, from the old state and the penalised gradient."""
-        raise NotImplementedError(f"{type(self).__name__} defines no direction")
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
+        """The rule in torch operations: (direction, gain, new state). It writes into no tensor.
 
-    def gain(self, settings: Settings, state: State) -> Number:
-        """Displacement per unit of a constant gradient, over lr, in the new state.
+        Args:
+            settings: the options of the group, each number as a float or a 0-dim tensor.
+            state: the old state. Moments have the dtype of the arithmetic and counts are numbers. A
+                count of `late_states` may be missing.
+            grad: the gradient after loss scale, clipping and coupled penalties.
 
-        `lr * gain * l1` is the threshold whose fixed point minimises loss + l1 * |w|. Not asked for
-        where `check_group` refuses l1_mode="prox".
+        Returns:
+            The direction, which lr multiplies. The gain, a number or a tensor: what a constant
+            gradient of 1 makes of the direction. With l1_mode="prox" the threshold is
+            lr * gain * l1, whose fixed point minimises loss + l1 * |w|. And the states that have
+            changed, by name.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no gain, which l1 asks for")
+        raise NotImplementedError(f"{type(self).__name__} defines no update")
 
     # ---- what belongs to the optimizer ---------------------------------------------------------
 
@@ -320,7 +381,7 @@ class FusedOptimizer(Optimizer):
         above 3.4e38 reads inf, while the clip factor is still right). None if the last step did not
         compute it, which takes `max_grad_norm` (`float("inf")` will do) or `skip_nonfinite`.
         """
-        return self._own.grad_norm
+        return self._own.outcome.grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -330,9 +391,11 @@ class FusedOptimizer(Optimizer):
         A live 0-dim int64 tensor on the device of the first parameter that had a gradient; reading
         its value waits for that device.
         """
-        if self._own.skipped_steps is None:
-            self._own.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._home())
-        return self._own.skipped_steps
+        skipped = self._own.outcome.skipped_steps
+        if skipped is None:
+            skipped = torch.zeros((), dtype=torch.int64, device=home(self.param_groups))
+            self._own.outcome = self._own.outcome._replace(skipped_steps=skipped)
+        return skipped
 
     @property
     def backend(self) -> str:
@@ -342,32 +405,19 @@ class FusedOptimizer(Optimizer):
         GPU and LLVM's on a CPU, unless its group says fused=False or triton or llvmlite is missing.
         All others take the reference path.
         """
-        kernels = (
-            self._kernels_for(param, group)
+        backends = (
+            backend.kernels_of(self, group, param)
             for group in self.param_groups
             for param in group["params"]
         )
-        found = {"reference" if launch is None else launch.NAME for launch in kernels}
+        found = {"reference" if kernels is None else kernels.name for kernels in backends}
         order = ("triton", "llvm", "reference")
         return " and ".join(name for name in order if name in found) or "reference"
-
-    def _kernels_for(self, param: Tensor, group: dict[str, Any]) -> Any:
-        """The kernels that step a parameter, None for the reference path."""
-        if self.device_rule(group) is None:
-            return None
-        return backend.kernels_for(param, group["fused"])
 
     @property
     def launches(self) -> int:
         """How many kernels the last step called on all devices; 0 on the reference path."""
-        return self._own.launches
-
-    def _params(self) -> Iterator[Tensor]:
-        return (param for group in self.param_groups for param in group["params"])
-
-    def _home(self) -> torch.device:
-        """Device of the first parameter; a group, even the first, may be empty."""
-        return next((param.device for param in self._params()), torch.device("cpu"))
+        return self._own.outcome.launches
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -381,7 +431,7 @@ class FusedOptimizer(Optimizer):
         # and of the two only ShardedGradScaler does.
         if self._own.process_group is not None or self._splitter is not None:
             return False
-        if dist.FLATTENED in map(dist.spread_of, self._params()):
+        if dist.FLATTENED in map(dist.spread_of, params_of(self.param_groups)):
             return False
         # Lightning clips no gradients where it sees this, though GradScaler lets such an optimizer
         # step with gradients that were unscaled before. So it unscales and clips, and this skips.
@@ -426,9 +476,11 @@ class FusedOptimizer(Optimizer):
                     torch._C._set_grad_enabled(True)
                     loss = closure()
                 torch._C._set_grad_enabled(False)
-                self._step()
+                self._own.outcome = self._stepper.step(
+                    self, self.param_groups, self.state, self._wishes()
+                )
             except BaseException:
-                self._plan = None  # it may not say any more what its tables hold
+                self._stepper.forget()  # its plan may not say any more what its tables hold
                 raise
             finally:
                 torch._C._set_grad_enabled(grad_mode)
@@ -440,384 +492,68 @@ class FusedOptimizer(Optimizer):
     # name tells them that `step` reports by itself, through `_opt_called`.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a mark on a function
 
-    def _step(self) -> None:
-        """Step, without autograd."""
-        fresh = not self.state
-        plan, rest = self._gather()
-        self._own.grad_norm = None
-        self._own.launches = 0
-        if fresh and self.state and self._creates_state_for_checkpoint():
-            return
-        needs_norm = self._needs_norm()
-        has_parts = self.layerwise and any(map(dist.has_parts, self._spreads()))
-        if plan is None and not rest and not (needs_norm or has_parts):
-            return
-        device = None if plan is None or rest else plan.device
-        over_ranks = has_parts or (needs_norm and self._own.process_group is not None)
-        if plan is not None and device is not None and not over_ranks:
-            self._run_plan(plan, device)
-        else:
-            scale, skip = self._scale_and_skip(plan, rest)
-            squares = self._squares_of_parts(rest, scale) if has_parts else {}
-            exchange = partial(self._exchange, squares) if has_parts else None
-            if plan is not None:
-                plan.run(scale=scale, skip=skip, exchange=exchange)
-            elif exchange is not None:
-                exchange({})
-            for group, params in rest:
-                self._update(group, params, scale, skip, squares)
-        if plan is not None:
-            self._own.launches = len(plan.launched)
-
-    def _creates_state_for_checkpoint(self) -> bool:
-        """Whether this step is one of torch.distributed.checkpoint, which must not count.
-
-        Callers are looked at only where lr is 0 in all groups, as there.
-        """
-        rates = [group["lr"] for group in self.param_groups]
-        if not all(
-            is_zero(lr.item() if isinstance(lr, Tensor) and on_host(lr) else lr) for lr in rates
-        ):
-            return False
-        return dist.checkpoint_creates_state()
-
-    def _gather(self) -> tuple[Plan | None, Work]:
-        """The plan of what kernels step, and the rest; all checked, their state created.
-
-        Where it raises, nothing has changed but that state may have been created, of zeros.
-        """
-        if is_traced():  # kernels would go past it: it sees operations, not memory
-            self._check_norm_is_global()
-            self._check_tensors_are_whole()
-            work = self._collect()
-            for param in (param for _, params in work for param in params):
-                check_is_fake(param, type(self).__name__)
-            self._init_states(work)
-            return None, work
-        plan = old = self._plan
-        if old is None or not self._still_holds(old):
-            plan = self._plan = None  # so that nothing of the old one is believed
-        self._check_norm_is_global()
-        self._check_tensors_are_whole()
-        if plan is None:
-            rest = self._make_plan(old)
-            plan = self._plan
-        else:
-            if plan.capturing() and plan not in self._captured:
-                self._captured += (plan,)  # a graph reads its tables as long as it lives
-            plan.launched.clear()
-            inventory = plan.inventory
-            rest = self._collect(without=inventory.chosen) if inventory.rest else []
-            self._init_states(rest)
-        return (plan if plan is not None and plan.inventory.has_grads else None), rest
-
-    def _still_holds(self, plan: Plan) -> bool:
-        """Whether this step can be done with the tables of an earlier one."""
-        if not plan.inventory.refresh(self, self.param_groups, self.state):
-            return False
-        # A graph goes on with the addresses that it was captured with.
-        moved = plan.inventory.stale_tables
-        return not (moved and (plan in self._captured or plan.capturing()))
-
-    def _make_plan(self, old: Plan | None) -> Work:
-        """Plan for the parameters that kernels step, return the rest; create the state of both."""
-        work = self._collect()
-        seen = None if old is None else old.inventory
-        known = {} if seen is None else dict(zip(seen.chosen, seen.grad_dtypes, strict=True))
-        # A parameter stays in the plan while it has no gradient, so that experts may come and go.
-        kernels = {
-            param: self._kernels_for(param, group)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None or param in self.state or param in known
-        }
-        candidates = {
-            param: index
-            for index, group in enumerate(self.param_groups)
-            for param in group["params"]
-            if kernels.get(param) is not None
-        }
-        if len({param for _, params in work for param in params}) < sum(len(p) for _, p in work):
-            raise ValueError("some parameters appear in more than one parameter group")
-        if any(is_capturing(device) for device in {param.device for param in candidates}):
-            raise RuntimeError(NOT_BEFORE_CAPTURE)
-        # Those without a gradient too, if they have begun: an option that was turned on may need
-        # more of their state.
-        names = {*self.tensor_states, *self.scalar_states}
-        idle = {p for p in candidates if p.grad is None and names & self.state.get(p, {}).keys()}
-        waiting = [(g, [p for p in g["params"] if p in idle]) for g in self.param_groups]
-        self._init_states(work + waiting)
-        chosen = {
-            param: index
-            for param, index in candidates.items()
-            if self._states_are_walkable(self.param_groups[index], param)
-        }
-        rest = [(group, [p for p in params if p not in chosen]) for group, params in work]
-        rest = [(group, params) for group, params in rest if params]
-        if chosen:
-            others = {param for _, params in rest for param in params}
-            groups, state = self.param_groups, self.state
-            inventory = Inventory(self, kernels, groups, chosen, others, state, known)
-            self._plan = Plan(inventory, state)
-        return rest
-
-    def _states_are_walkable(self, group: Settings, param: Tensor) -> bool:
-        """Whether kernels can walk the state along with `param`, which is laid out for that."""
-        state = self.state.get(param, {})
-        names = self.states(group)
-        if any(name not in state for name in names):
-            return False  # no gradient yet
-        counts = [state[name] for name in self.scalar_states if name in state]
-        if not backend.is_walkable_with(param, [state[name] for name in names], counts):
-            return False
-        for name in names:
-            if not backend.same_layout(local(param), local(state[name])):
-                laid_out = torch.empty_like(param, dtype=state[name].dtype)
-                state[name] = laid_out.copy_(state[name])
-        return True
-
-    def _collect(self, without: Container[Tensor] = ()) -> Work:
-        """The groups with those of their parameters that have a gradient; raises on bad input."""
-        work = []
-        for which, group in enumerate(self.param_groups):
-            self._check_group(group)
-            params: dict[Tensor, None] = {}  # each once, also one that was given twice
-            for index, param in enumerate(group["params"]):
-                if param.grad is not None and param not in without:
-                    check_param(self.param_groups, which, index)
-                    check_grad(type(self).__name__, self.param_groups, which, index)
-                    params[param] = None
-            if params:
-                work.append((group, list(params)))
-        return work
-
-    def _init_states(self, work: Work) -> None:
-        for group, params in work:
-            for param in params:
-                if param in self.state:
-                    self._tidy_state(group, param)
-            for device, settings in self._settings(group, params).items():
-                for param in params:
-                    if param.device == device:
-                        state = self.state.get(param, {})
-                        self.init_state(settings, param, state)
-                        self._check_counts(state)
-                        if dist.where_of(param) is not None:
-                            self._shard_alike(param, state)
-                        if state:
-                            self.state[param] = state
-
-    def _tidy_state(self, group: dict[str, Any], param: Tensor) -> None:
-        """Take what a user wrote into the state of a parameter: None forgets, a number counts."""
-        state = self.state[param]
-        for name in self.tensor_states:
-            if name in state:
-                check_moment(group, param, name, state[name])
-        for name in self.scalar_states:
-            if name in state:
-                check_count(group, param, name, state[name])
-        for name in (*self.tensor_states, *self.scalar_states):
-            value = state.get(name)
-            if value is None:
-                state.pop(name, None)
-            elif name in self.scalar_states and not isinstance(value, Tensor):
-                state[name] = torch.full((), value, dtype=_count_dtype(param), device=param.device)
-
-    def _check_counts(self, state: dict[str, Tensor]) -> None:
-        """Raise where a count is missing, which kernels would take for 1."""
-        for name in self.scalar_states:
-            if name not in state and name not in self.late_states:
-                raise RuntimeError(
-                    f"{type(self).__name__}.init_state creates no {name!r}: of the scalar_states "
-                    "only `step` is created by itself, and only late_states may be missing"
-                )
-
-    def _shard_alike(self, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Give the moments of a DTensor its placements, so that their parts belong together."""
-        for name in self.tensor_states:
-            if name in state:
-                state[name] = dist.sharded_as(param, state[name])
-
-    def _settings(
-        self, group: dict[str, Any], params: Iterable[Tensor]
-    ) -> dict[torch.device, Settings]:
-        """The numbers of a group on every device of its parameters."""
-        return {
-            device: {name: number(group[name], device) for name in self.defaults}
-            for device in {param.device: None for param in params}
-        }
-
-    def _needs_norm(self) -> bool:
-        return self._own.max_grad_norm is not None or self._own.skip_nonfinite
-
-    def _check_norm_is_global(self) -> None:
-        """Raise where the norm that is asked for would be one of some of the gradients."""
-        if not self._needs_norm():
-            return
-        what = "max_grad_norm and skip_nonfinite take the norm over all gradients"
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                f"{what}, which are not there inside a backward pass: call step() after it, or "
-                "construct the optimizers of apply_optimizer_in_backward without the two"
-            )
-        fsdp = dist.FLATTENED in self._spreads()
-        splitter = "FullyShardedDataParallel" if fsdp else self._splitter
-        if splitter is not None and self._own.process_group is None:
-            raise RuntimeError(
-                f"{what}, but {splitter} gives each rank a part of the parameters: say which "
-                "ranks make a whole with process_group=..., torch.distributed.group.WORLD or, "
-                "where parts are replicated, those of one replica (a keyword of the optimizer; in "
-                "ZeroRedundancyOptimizer, which has one of that name for itself, "
-                f"optimizer_class=functools.partial({type(self).__name__}, process_group=...))"
-            )
-
-    def _check_tensors_are_whole(self) -> None:
-        """Raise where norms of tensors are needed and nobody knows of what a part is one."""
-        if self.layerwise and dist.FLATTENED in self._spreads():
-            raise RuntimeError(
-                f"{type(self).__name__} needs the norm of each tensor, but "
-                "FullyShardedDataParallel flattens tensors and gives each rank a part of all: use "
-                "fully_shard, whose DTensors know what they are parts of"
-            )
-
-    def _spreads(self) -> Iterable[Spread | None]:
-        """How parameters are spread over ranks, each way once, in the same order on all ranks."""
-        if self._plan is not None:
-            return self._plan.inventory.spreads
-        return dict.fromkeys(map(dist.spread_of, self._params()))
-
-    def _run_plan(self, plan: Plan, device: torch.device) -> None:
-        """Step where kernels on one device do everything, the norm too."""
-        found_inf = getattr(self, "found_inf", None)
-        skipped = grad_norm = None
-        if found_inf is not None or self.skip_nonfinite:
-            if self._own.skipped_steps is None and plan.capturing():
-                raise RuntimeError(NOT_BEFORE_CAPTURE)  # each replay would set it to 0
-            if self._own.skipped_steps is None:
-                self._own.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-            skipped = self._own.skipped_steps = self._own.skipped_steps.to(device)
-        if self._needs_norm():
-            grad_norm = torch.empty((), dtype=torch.float32, device=device)
-        plan.run(
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=found_inf,
-            max_norm=self.max_grad_norm,
-            skip_nonfinite=self.skip_nonfinite,
-            grad_norm=grad_norm,
-            skipped=skipped,
+    def _wishes(self) -> Wishes:
+        """What is asked of a step for all groups together."""
+        own = self._own
+        return Wishes(
+            own.max_grad_norm,
+            own.skip_nonfinite,
+            dist.group_of(own.process_group),
+            self._splitter,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            own.outcome.skipped_steps,
         )
-        self._own.grad_norm = grad_norm
-
-    def _scale_and_skip(self, plan: Plan | None, rest: Work) -> tuple[Number, Flag]:
-        """What multiplies every gradient of this step, and whether the step is skipped."""
-        stepped = [] if plan is None else plan.inventory.params
-        stepped = [*stepped[:1], *(param for _, params in rest for param in params[:1])]
-        device = stepped[0].device if stepped else self._home()
-        loss_scale = number(getattr(self, "grad_scale", None), device)
-        found_inf = number(getattr(self, "found_inf", None), device)
-        scale: Number = 1.0 if loss_scale is None else 1.0 / loss_scale
-        # GradScaler sums found_inf over devices, so it may be 2.
-        skip: Flag = False if found_inf is None else found_inf != 0
-        if self._needs_norm():
-            params = [param for _, params in rest for param in params]
-            more = [] if plan is None else plan.norms()
-            norms = norms_by_spread(self._spreads(), params, more, device)
-            norm = dist.total_norm(norms, self.process_group) * scale
-            self._own.grad_norm = norm.to(torch.float32)
-            if self.skip_nonfinite:
-                skip = skip | number(~torch.isfinite(norm), device)
-            if self.max_grad_norm is not None and self.max_grad_norm != float("inf"):
-                scale = scale * number(clip_factor(norm, self.max_grad_norm), device)
-        if skip is not False:
-            self._own.skipped_steps = self.skipped_steps.to(device).add_(skip)
-        return scale, skip
-
-    def _squares_of_parts(self, rest: Work, scale: Number) -> dict[Tensor, Tensor]:
-        """The sums of squares of what is here of DTensors that the reference steps."""
-        found = {}
-        for group, params in rest:
-            settings = self._settings(group, params)
-            for param in filter(lambda param: dist.has_parts(dist.spread_of(param)), params):
-                device = param.device
-                part = self._reference_arguments(param, settings[device], number(scale, device))
-                found[param] = reference.squares_of(reference.move(self, *part))
-        return found
-
-    def _exchange(self, parts: dict[Tensor, Tensor], here: Mapping[Tensor, Tensor]) -> None:
-        """Sum squares of parts over ranks: those on the reference path, and `here` of a plan."""
-        dist.sum_over_parts(self._params(), {**here, **parts})
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        scale: Number,
-        skip: Flag,
-        squares: Mapping[Tensor, Tensor],
-    ) -> None:
-        """Step the parameters of one group on the reference path."""
-        settings = self._settings(group, params)
-        for param in params:
-            device = param.device
-            part = local(param)
-            # A tensor made in inference mode has no version; its own operations count any other's.
-            before = None if part is param else part._version
-            reference.update(
-                self,
-                *self._reference_arguments(param, settings[device], number(scale, device)),
-                number(skip, device),
-                squares.get(param),
-            )
-            if before is not None and part._version != before:  # of which a DTensor does not know
-                torch.autograd.graph.increment_version(param)
-
-    def _reference_arguments(
-        self, param: Tensor, settings: Settings, scale: Number
-    ) -> tuple[Settings, Tensor, Tensor, dict[str, Tensor], Number]:
-        """What `reference.move` takes; of a DTensor the part that is here is stepped like any."""
-        assert param.grad is not None
-        grad = local(dist.sharded_as(param, param.grad))
-        state = {name: local(value) for name, value in self.state.get(param, {}).items()}
-        return settings, local(param), grad, state, scale
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
-    def _check_group(self, group: dict[str, Any], read_device: bool = False) -> None:
-        """Raise where an option is out of range; make plain what is a number or a pair."""
+    def validate(self, group: ParamGroup, read_device: bool = False, new: bool = False) -> None:
+        """Raise if an option is out of range; make numbers and pairs plain ones.
+
+        Args:
+            group: the options.
+            read_device: whether numbers on an accelerator may be read, which waits for it.
+            new: whether a user has just passed the group, so that a misspelt option is an error.
+        """
         own = {name: getattr(self, name) for name in self.own_options}
-        check_keys(group, self.defaults, own, self._own.warned)
+        check_keys(group, self.defaults, own, self._own.warned, new=new)
         for name, default in self.defaults.items():
             if type(group[name]) not in PLAIN:  # an array, say, which a schedule made
                 of = pair if isinstance(default, tuple) else settled
                 group[name] = of(group[name])
-        if group["decay_lr"] is None:
-            group["decay_lr"] = _copy_of(group["lr"])
-        check_flags(group)
+        self._copy_options(group)
         check_number("lr", group["lr"], read_device=read_device)
-        check_number("weight_decay", group["weight_decay"], read_device=read_device)
-        check_number("l1", group["l1"], below=float("inf"), read_device=read_device)
-        if group["l1_mode"] not in L1_MODES:
-            raise ValueError(
-                f"Invalid l1_mode value: {group['l1_mode']!r} (expected one of {L1_MODES})"
-            )
-        check_state_dtype(group["state_dtype"])
-        check_lr_independent_decay(group, read_device)
+        for name, option in self.declared_options.items():
+            if option.check is not None:
+                option.check(group, name, read_device)
         self.check_group(group, read_device)
 
-    def _make_pairs(self, group: dict[str, Any]) -> None:
+    def _copy_options(self, group: ParamGroup) -> None:
+        """Replace None in options that are then a copy of another one."""
+        for name, option in self.declared_options.items():
+            if option.copied_from is not None and group[name] is None:
+                value = group[option.copied_from]  # may be a tensor that is written into later
+                group[name] = value.detach().clone() if isinstance(value, Tensor) else value
+
+    def _make_pairs(self, group: ParamGroup) -> None:
         """Make tuples of pairs: a list would have to be read in every step, as it may change."""
         for name, default in self.defaults.items():
             if isinstance(default, tuple) and name in group:
                 group[name] = pair(group[name])
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as torch does; options it lacks take the constructor's values."""
         super().add_param_group(param_group)
         try:
             self._make_pairs(param_group)
-            self._check_group(param_group, read_device=True)
+            self.validate(param_group, read_device=True, new=True)
             for index in range(len(param_group["params"])):
-                check_param(self.param_groups, len(self.param_groups) - 1, index)
+                check_param(
+                    [penalty.check_param for penalty in self.penalties],
+                    self.param_groups,
+                    len(self.param_groups) - 1,
+                    index,
+                )
         except Exception:  # whatever it was, the group must not stay
             self.param_groups.pop()
             raise
@@ -830,6 +566,7 @@ class FusedOptimizer(Optimizer):
         if none of them has an effect: it loads only files that have every key.
         """
         packed: StateDict = Optimizer.state_dict(self)
+        checkpoint.join_planes(self, self.param_groups, packed)
         if dist.checkpoint_reads_keys():
             unknown = checkpoint.keys_beyond_torch(self)
             for group in packed["param_groups"]:
@@ -859,12 +596,13 @@ class FusedOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         checkpoint.check_keys(state_dict)
         groups = checkpoint.merge_groups(self.param_groups, state_dict["param_groups"])
-        checkpoint.check_states(state_dict, type(self))
+        checkpoint.check_states(state_dict, self)
         for group in groups:
             group.update(self.fixed_options)
             self._make_pairs(group)
-            self._check_group(group, read_device=True)
-        state = checkpoint.restore_state(groups, state_dict, type(self))
+            self.validate(group, read_device=True)
+        state = checkpoint.restore_state(groups, state_dict, self)
+        checkpoint.split_into_planes(self, groups, state)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -872,41 +610,24 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle keep: unlike torch's, also own attributes and hooks."""
         kept = {name: getattr(self, name) for name in self._kept_by_pickle}
-        skipped = self._own.skipped_steps  # which counts in place
-        own = replace(self._own, skipped_steps=None if skipped is None else skipped.clone())
+        outcome = self._own.outcome
+        if outcome.skipped_steps is not None:  # which counts in place
+            outcome = outcome._replace(skipped_steps=outcome.skipped_steps.clone())
+        own = replace(self._own, outcome=outcome)
         return {**super().__getstate__(), **kept, "_own": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
-        if not hasattr(self, "_own"):  # a wrapper has its optimizer's
-            old = {field.name: f"_{field.name}" for field in fields(Own)}  # names before 0.2
-            self._own = Own(**{name: state[key] for name, key in old.items() if key in state})
-        self._plan = None
-        # Of an older version, which lacked some.
-        self.defaults = {**OPTIONS, **self.defaults}
+        # Addresses are of this process and these tensors: a copy makes its own plan.
+        self._stepper = Stepper()
+        options = self.declared_options.items()
+        declared = {name: option.default for name, option in options if option.of_group}
+        self.defaults = {**declared, **self.defaults}  # an older version lacked some
         for group in self.param_groups:
             group.update(self.fixed_options)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            if group["decay_lr"] is None:
-                group["decay_lr"] = _copy_of(group["lr"])
+            self._copy_options(group)
 
 
-def named(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The `locals()` of a constructor as options: an argument has the name of its option."""
-    return {
-        name: value
-        for name, value in arguments.items()
-        if name not in ("self", "__class__", "params")
-    }
-
-
-def _count_dtype(param: Tensor) -> torch.dtype:
-    """Dtype of a step count. float32 is torch's; on the parameter's device nobody waits for it."""
-    wide = torch.get_default_dtype() == torch.float64 and param.device.type == "cpu"
-    return torch.float64 if wide else torch.float32
-
-
-def _copy_of(lr: Any) -> Any:
-    """A learning rate as it is now, whatever is written into it later."""
-    return lr.detach().clone() if isinstance(lr, Tensor) else lr
+FusedOptimizer._declare_options()

@@ -14,23 +14,27 @@ because temporaries as large as a parameter would go through main memory in ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedreg.penalty import soft_threshold, subgradient
+from fusedreg.contract import UpdateRule
+from fusedreg.formats import Format, as_real, planes_in, planes_of
 from fusedreg.scalars import Flag, Number, is_zero, number, select, wide_dtype
+from fusedreg.types import Settings, State
 
-Settings = Mapping[str, Any]
-"""A param group without its parameters, each number where the arithmetic needs it."""
 
-State = dict[str, Any]
-"""The state of one parameter, read for the arithmetic: moments widened, scalars as numbers."""
+class Block(NamedTuple):
+    """A parameter, its gradient and its state, or the same part of each."""
 
-Block = tuple[Tensor, Tensor, dict[str, Any]]
-"""A parameter, its gradient and its state, or the same part of each."""
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    """By name: the planes of its tensor states, and its counts."""
+    format: Format
+    """How its tensor states are stored."""
+
 
 Writes = list[tuple[Tensor, Number]]
 """Tensors, and what is to be written into each."""
@@ -43,31 +47,9 @@ two threads of torch, which are used from 32,768 elements for each.
 """
 
 
-class Rule(Protocol):
-    """The part of an optimizer that an update needs; see FusedOptimizer, which documents it."""
-
-    scalar_states: tuple[str, ...]
-    tensor_states: tuple[str, ...]
-    layerwise: bool
-
-    def device_rule(self, group: Settings) -> Any:
-        """What kernels run; None where `direction` may be anything, and not elementwise."""
-
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
-        """What lr multiplies, and the new state."""
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """The displacement per unit of a constant gradient, over lr."""
-
-
 def compute_dtype(param: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64 and complex128, else float32."""
     return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-def as_real(x: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
-    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def loss_gradient(param: Tensor, grad: Tensor, scale: Number) -> Tensor:
@@ -87,50 +69,43 @@ class Move(NamedTuple):
 
     w: Tensor
     direction: Tensor
+    gain: Number
     decay: Number
     """Decoupled, without lr."""
     state: State
 
 
-def move(
-    rule: Rule,
-    settings: Settings,
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
-    scale: Number,
-) -> Move:
+def move(rule: UpdateRule, settings: Settings, block: Block, scale: Number) -> Move:
     """The direction of a step and the new state; arguments as for `update`. Changes nothing."""
-    l1, weight_decay = settings["l1"], settings["weight_decay"]
-    decoupled = settings["decoupled_weight_decay"]
+    param, grad, state, storage = block
     dtype = compute_dtype(param)
     w = _read(param, dtype)
     g = loss_gradient(param, grad, scale)
 
     if settings["maximize"]:
         g = -g
-    if settings["l1_mode"] == "subgradient" and not is_zero(l1):
-        g = g + subgradient(w, l1=l1)
-    if not (decoupled or is_zero(weight_decay)):
-        g = g + weight_decay * w
+    for penalty in rule.penalties:
+        g = penalty.gradient(settings, g, w)
 
-    old = {name: number(state[name], param.device) for name in rule.scalar_states if name in state}
-    old |= {name: _read(state[name], dtype) for name in rule.tensor_states if name in state}
-    direction, new = rule.direction(settings, old, g)
+    old = {name: number(state[name], param.device) for name in rule.counts if name in state}
+    for name in rule.tensor_states:
+        planes = planes_in(storage, state, name)
+        if planes is not None:
+            old[name] = storage.load(planes, dtype)
+    direction, gain, new = rule.update(settings, old, g)
     # What a rule hands on as it is, perhaps under another name, is memory that a step writes.
     handed_on = {id(value) for value in old.values() if isinstance(value, Tensor)}
     new = {name: x.clone() if id(x) in handed_on else x for name, x in new.items()}
-    if settings["lr_independent_decay"]:
-        weight_decay = weight_decay / settings["decay_lr"]
-    return Move(w, direction, weight_decay if decoupled else 0.0, new)
+    decay: Number = 0.0
+    for penalty in rule.penalties:
+        decay = decay + penalty.decay(settings, w, direction)
+    return Move(w, direction, gain, decay, new)
 
 
 def update(
-    rule: Rule,
+    rule: UpdateRule,
     settings: Settings,
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
+    block: Block,
     scale: Number,
     skip: Flag,
     squares: Tensor | None,
@@ -140,9 +115,7 @@ def update(
     Args:
         rule: the optimizer.
         settings: the numbers of its param group.
-        param: the parameter.
-        grad: its gradient, read and never written.
-        state: its state, complete.
+        block: the parameter, its gradient, which is read and never written, and its state.
         scale: what multiplies the gradient of the loss.
         skip: True where this step must change nothing.
         squares: what `squares_of` gives, summed over the ranks that have parts of the parameter;
@@ -150,9 +123,9 @@ def update(
     """
     if skip is True:
         return
-    blocks = _blocks(rule, settings, param, grad, state)
+    blocks = _blocks(rule, settings, block)
     if rule.layerwise and squares is None and len(blocks) > 1:
-        moves = (move(rule, settings, *block, scale) for block in blocks)
+        moves = (move(rule, settings, block, scale) for block in blocks)
         squares = torch.stack([squares_of(moved) for moved in moves]).sum(0)
 
     # An exception, such as a KeyboardInterrupt, may come at any time. Before the values of the
@@ -162,20 +135,20 @@ def update(
     # together, so that they always belong to the same block.
     begun: tuple[int, Writes] | None = None
     try:
-        for index, block in enumerate(blocks):
-            begun = index, _new_values(rule, settings, block, scale, skip, squares)
+        for index, part in enumerate(blocks):
+            begun = index, _new_values(rule, settings, part, scale, skip, squares)
             _write(begun[1])
     except BaseException:
         if begun is not None:
             index, values = begun
             _write(values)
-            for block in blocks[index + 1 :]:
-                _write(_new_values(rule, settings, block, scale, skip, squares))
+            for part in blocks[index + 1 :]:
+                _write(_new_values(rule, settings, part, scale, skip, squares))
         raise
 
 
 def _new_values(
-    rule: Rule,
+    rule: UpdateRule,
     settings: Settings,
     block: Block,
     scale: Number,
@@ -183,9 +156,9 @@ def _new_values(
     squares: Tensor | None,
 ) -> Writes:
     """What a step makes of a block: what to write, and where. Changes nothing."""
-    lr, l1, l1_mode = settings["lr"], settings["l1"], settings["l1_mode"]
-    param, _, state = block
-    moved = move(rule, settings, *block, scale)
+    lr = settings["lr"]
+    param, _, state, storage = block
+    moved = move(rule, settings, block, scale)
     rate = lr
     if rule.layerwise:
         rate = lr * trust_ratio(*(squares_of(moved) if squares is None else squares))
@@ -194,12 +167,17 @@ def _new_values(
         w = w * (1 - rate * moved.decay)
     w = w - rate * moved.direction
 
-    if l1_mode == "prox" and not is_zero(l1):
-        w = soft_threshold(w, rate * l1 * rule.gain(settings, moved.state))
-    if l1_mode == "decoupled" and not is_zero(l1):
-        w = soft_threshold(w, rate * l1)
+    for penalty in rule.penalties:
+        w = penalty.prox(settings, w, rate, moved.gain)
 
-    stepped = [(state[name], value, skip) for name, value in moved.state.items()]
+    stepped: list[tuple[Any, Number, Flag]] = []
+    for name, value in moved.state.items():
+        if name in rule.counts:
+            stepped.append((state[name], value, skip))
+        else:
+            planes = planes_in(storage, state, name) or []
+            new = storage.store(value, planes)
+            stepped += [(plane, x, skip) for plane, x in zip(planes, new, strict=True)]
     # lr = 0 must leave every bit, of -0.0 and inf too: select, do not trust w - 0 * direction.
     stepped.append((param, w, skip | (lr == 0)))
     writes = [
@@ -219,22 +197,21 @@ def _write(values: Writes) -> None:
             target.fill_(value)
 
 
-def _blocks(
-    rule: Rule, settings: Settings, param: Tensor, grad: Tensor, state: dict[str, Any]
-) -> list[Block]:
+def _blocks(rule: UpdateRule, settings: Settings, whole: Block) -> list[Block]:
     """The parameter in parts that are stepped one after the other, or in one.
 
     Parts are vectors in the order of memory, so all tensors must be laid out alike, without gaps. A
-    step counts once: all parts but the last have numbers in the place of scalar states.
+    step counts once: all parts but the last have numbers in the place of counts.
     """
-    whole = param, grad, state
+    param, grad, state, storage = whole
     size = BLOCK_BYTES // compute_dtype(param).itemsize
     # On an accelerator blocks would be nothing but more launches.
     small = as_real(param).numel() <= size
     if small or param.device.type != "cpu" or rule.device_rule(settings) is None:
         return [whole]
-    tensors = {name: state[name] for name in rule.tensor_states if name in state}
-    counts = {name: state[name] for name in rule.scalar_states if name in state}
+    planes = planes_of(storage, rule.tensor_states)
+    tensors = {name: state[name] for name in planes if name in state}
+    counts = {name: state[name] for name in rule.counts if name in state}
     together = param, grad.resolve_conj(), *tensors.values()
     if not all(_is_plain(x) and x.shape == param.shape for x in together):
         return [whole]
@@ -246,9 +223,10 @@ def _blocks(
     numbers = {name: number(count, param.device) for name, count in counts.items()}
     parts = zip(*(torch.split(as_real(x).view(-1), size) for x in in_order), strict=True)
     blocks = [
-        (p, g, {**numbers, **dict(zip(tensors, moments, strict=True))}) for p, g, *moments in parts
+        Block(p, g, {**numbers, **dict(zip(tensors, moments, strict=True))}, storage)
+        for p, g, *moments in parts
     ]
-    blocks[-1][2].update(counts)
+    blocks[-1].state.update(counts)
     return blocks
 
 

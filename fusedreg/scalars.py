@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,31 @@ Flag: TypeAlias = "bool | Tensor"
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Widest floating dtype of a device: float64, but float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Count(NamedTuple):
+    """A state of one number for each parameter, such as the number of its steps."""
+
+    first: float = 0.0
+    """Its value before the first step."""
+    wide: bool = False
+    """Whether it is float64. Otherwise it is float32, as torch's counts are."""
+    least: float = 0.0
+    """A checkpoint with a smaller value is refused."""
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """Its dtype on a device. As in torch, a float64 default dtype widens it on a CPU."""
+        torchs = torch.get_default_dtype() == torch.float64 and device.type == "cpu"
+        return wide_dtype(device) if self.wide or torchs else torch.float32
+
+    def create(self, param: Tensor, value: float | None = None) -> Tensor:
+        """A tensor of its first value, or of another, on the device of a parameter.
+
+        There, and not on the host as in torch, so that a skipped step can leave it alone without
+        waiting for the device.
+        """
+        value = self.first if value is None else value
+        return torch.full((), value, dtype=self.dtype(param.device), device=param.device)
 
 
 def on_host(value: Tensor) -> bool:
@@ -59,6 +84,18 @@ def number(value: Any, device: torch.device) -> Any:
     if value.is_floating_point():
         return value.detach().reshape(()).to(device, wide_dtype(device))
     return value.detach().reshape(()).to(device)
+
+
+def is_remote(value: object) -> bool:
+    """Whether reading `value` would wait for a device."""
+    return isinstance(value, Tensor) and not on_host(value)
+
+
+def wide(value: Number) -> Number:
+    """A number of an option for float64 arithmetic; a tensor only where it must not be read."""
+    if isinstance(value, Tensor) and not on_host(value):
+        return value.detach().to(wide_dtype(value.device))
+    return float(value)
 
 
 def settled(value: Any) -> Any:

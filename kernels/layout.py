@@ -1,86 +1,61 @@
-"""The numbers of a step: what the host sends, and what a row of a tensor holds.
+"""The numbers of a step, all float64: what the host sends, and what `rows` makes of it.
 
-Both are float64. The host sends a header and one line for each param group; `rows` (on a GPU
-rows.py, on the host host/engine.py) makes of them one row for each tensor.
+The host sends a header, and one line for each param group: the numbers of `Group`, then those of
+the penalties, then the options of the rule. On the device `rows` writes one row for each tensor:
+the numbers of `Row`, then the scalars of the rule, then the new counts. Each record is declared
+once, and what is at which place follows from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 from torch import Tensor
+from typing_extensions import NamedTuple  # generic, also in Python 3.10
 
-from fusedreg.kernels.device.language import tl
+Number = float | Tensor
+"""A number of the host, or a one-element tensor where it must not be read."""
 
-# What the host sends: a header, then one line for each param group.
-MAX_NORM = tl.constexpr(0)  # inf: clip nothing
-SCALE = tl.constexpr(1)  # multiplies every gradient
-SKIP = tl.constexpr(2)  # not 0: change nothing
-SKIP_NONFINITE = tl.constexpr(3)
-HEADER = tl.constexpr(4)
-
-LR = tl.constexpr(0)
-SIGN = tl.constexpr(1)  # -1 to maximize
-COUPLED = tl.constexpr(2)  # weight_decay, in one of the two
-DECOUPLED = tl.constexpr(3)
-SUBGRADIENT = tl.constexpr(4)  # l1, in one of the three
-PROX = tl.constexpr(5)
-SHRINK = tl.constexpr(6)
-DECAY_LR = tl.constexpr(7)  # divides DECOUPLED; 1 where lr shall multiply the decay
-OPTIONS = tl.constexpr(8)  # the rule's own
-
-# A row.
-ACTIVE = tl.constexpr(0)  # 0: this tensor does not move
-ROW_SCALE = tl.constexpr(1)
-ROW_LR = tl.constexpr(2)
-ROW_L1 = tl.constexpr(3)
-ROW_L2 = tl.constexpr(4)
-ROW_DECAY = tl.constexpr(5)  # decoupled, without lr
-ROW_THRESHOLD = tl.constexpr(6)
-ROW_RULE = tl.constexpr(7)  # the scalars of the rule, and after them the new counts
-ROW = tl.constexpr(16)
+T = TypeVar("T")
 
 
-def header(*, max_norm: float, scale: Any, skip: Any, skip_nonfinite: float) -> list[Any]:
+class Header(NamedTuple, Generic[T]):
     """What the host says once for all groups."""
-    return [max_norm, scale, skip, skip_nonfinite]
+
+    max_norm: T
+    """inf: clip nothing."""
+    scale: T
+    """Multiplies every gradient."""
+    skip: T
+    """Not 0: change nothing."""
+    skip_nonfinite: T
 
 
-def line(
-    *,
-    lr: Any,
-    maximize: bool,
-    coupled: Any,
-    decoupled: Any,
-    subgradient: Any,
-    prox: Any,
-    shrink: Any,
-    decay_lr: Any,
-    options: Iterable[Any],
-) -> list[Any]:
-    """What the host says of one param group."""
-    sign = -1.0 if maximize else 1.0
-    return [lr, sign, coupled, decoupled, subgradient, prox, shrink, decay_lr, *options]
+class Group(NamedTuple, Generic[T]):
+    """What a line begins with."""
+
+    lr: T
+    sign: T
+    """-1 to maximize."""
 
 
-def with_lr(line: list[Any], lr: float) -> list[Any]:
-    """The same with another learning rate."""
-    return [*line[: LR.value], lr, *line[LR.value + 1 :]]
+class Row(NamedTuple, Generic[T]):
+    """What a row begins with."""
+
+    active: T
+    """0: this tensor does not move."""
+    scale: T
+    """Multiplies the gradient: sign, clip factor and loss scale."""
+    gain: T
+    """What the rule's scalars say of the gain."""
 
 
-def penalties(lines: Iterable[Sequence[Any]]) -> dict[str, bool]:
-    """Which hooks of the step kernel any of these groups needs; a tensor counts as not 0."""
-    hooks = {
-        "subgradient": (SUBGRADIENT,),
-        "coupled": (COUPLED,),
-        "decoupled": (DECOUPLED,),
-        "prox": (PROX, SHRINK),
-    }
-    lines = list(lines)
-    return {
-        hook: any(
-            isinstance(one[c.value], Tensor) or one[c.value] != 0 for one in lines for c in columns
-        )
-        for hook, columns in hooks.items()
-    }
+# Where each number of a record is.
+HEADER = Header(*range(len(Header._fields)))
+GROUP = Group(*range(len(Group._fields)))
+ROW = Row(*range(len(Row._fields)))
+
+
+def with_lr(line: list[Number], lr: float) -> list[Number]:
+    """A line with another learning rate."""
+    return [*line[: GROUP.lr], lr, *line[GROUP.lr + 1 :]]

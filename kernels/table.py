@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain, repeat
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK = 8192
-"""Elements of one program of the step and of the norm on a GPU."""
 DTYPES = {"i": torch.int32, "q": torch.int64}
 """Of an array's typecodes."""
-
-
-Call: TypeAlias = Callable[[], None]
-"""A launch with all its arguments."""
 
 
 class Table(NamedTuple):
@@ -38,31 +32,12 @@ class Table(NamedTuple):
     elements: int
 
 
-class Walk(NamedTuple):
-    """What a kernel that walks all elements of a table is compiled for."""
-
-    rule: Any
-    states: int
-    """How many tensor states the table has."""
-    subgradient: bool
-    """Whether any of the groups needs that hook, like `coupled`."""
-    coupled: bool
-    scaled: bool
-    """Whether clipping or a loss scale may have changed the scale from 1."""
-    param: torch.dtype
-    """In memory, like `grad` and `state`. The arithmetic is float64 where this is."""
-    grad: torch.dtype
-    state: torch.dtype
-    aligned: bool
-    """Whether every address is a multiple of 16 bytes."""
-
-
 def build(
     addresses: Sequence[Sequence[int]],
     numels: Sequence[int],
     groups: Sequence[int],
     device: torch.device,
-    chunk: int | None = None,
+    chunk: int,
 ) -> Table:
     """The table of some tensors.
 
@@ -71,13 +46,12 @@ def build(
         numels: elements of every tensor; 0 is fine.
         groups: index of every tensor's param group.
         device: where it shall be.
-        chunk: elements of a chunk, where those of a GPU are not meant.
+        chunk: elements of a chunk.
 
     Raises:
         RuntimeError: a mode is active in which new tensors have no memory.
     """
     _check_memory(device)
-    chunk = chunk or CHUNK
     # Python's lists, because a parallel operation of torch would wake all its threads.
     counts = [max(1, -(-numel // chunk)) for numel in numels]
     return Table(

@@ -22,7 +22,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """
     if request.param != "device":
         return request.param
-    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine.numbers, fusedreg.optimizer):
+    for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine.numbers, fusedreg.stepper):
         monkeypatch.setattr(module, "on_host", lambda value: False)
     return "reference"
 

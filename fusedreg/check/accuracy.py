@@ -233,7 +233,7 @@ def state_names(case: Case) -> tuple[list[str], list[str]]:
     found = optimizer.state.get(param, {})
     moments, counts = (
         [name for name in names if name in found]
-        for names in (optimizer.tensor_states, optimizer.scalar_states)
+        for names in (optimizer.tensor_states, optimizer.counts)
     )
     return moments, counts
 
@@ -437,7 +437,7 @@ def _counts_agree(
     return all(
         name in got and math.isclose(got[name], exact[name], rel_tol=2 * eps)
         for got, exact in zip(states, problem.states, strict=True)
-        for name in optimizer.scalar_states
+        for name in optimizer.counts
         if name in exact
     )
 
@@ -486,8 +486,8 @@ def bound_of(problem: Problem, place: Place, optimizer: FusedOptimizer) -> float
         if optimizer.layerwise:  # two of them, and the root of each halves that
             roundings += math.sqrt(max(sizes)) / 3
         betas = optimizer.defaults.get("betas")
-        counts = "step" in optimizer.scalar_states  # Lion has betas and corrects nothing
-        if betas and counts and (place.device.type != "cpu" or place.path == "triton"):
+        # Lion has betas, but counts no steps and corrects nothing.
+        if betas and optimizer.counts and (place.device.type != "cpu" or place.path == "triton"):
             # A device forms 1 - beta**t, at least 1 - beta, to an ulp of 1; the root halves that.
             # On a CPU the power is the one that Python takes.
             roundings += 1 / (1 - betas[0]) + 0.5 / (1 - betas[1])

@@ -16,6 +16,7 @@ import torch
 
 from fusedreg import backend
 from fusedreg.machine import versions
+from fusedreg.optimizers.sgd import SGD
 
 TORCH_FLOOR = (2, 7)
 """The oldest torch that the package declares."""
@@ -107,9 +108,9 @@ def _host() -> Iterator[Finding]:
         yield Finding("llvm", False, what, cure)
         return
     try:
-        host = backend.host_kernels()
-        assert host is not None
-        host.norm_loop(torch.float32)
+        param = torch.nn.Parameter(torch.zeros(1))
+        param.grad = torch.zeros(1)
+        SGD([param]).step()
     except Exception as error:  # whatever a broken llvmlite raises only now
         yield Finding(
             "llvm",

@@ -2,56 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedreg.dist import Spread, spread_of
 from fusedreg.engine.watch import Inventory
+from fusedreg.kernels.contract import Backend, Call, Program
+from fusedreg.kernels.layout import HEADER
+from fusedreg.kernels.table import Table
 
-States = Sequence[Mapping[str, Tensor]]
-"""What is here of the states of each parameter of an inventory."""
+LocalStates = Sequence[Mapping[str, Tensor]]
+"""The local states of each parameter of an inventory."""
 
 
-class Kind(NamedTuple):
+class Key(NamedTuple):
     """What the tensors of one launch have in common."""
 
-    launch: Any  # the module that does
+    backend: Backend
     device: torch.device
-    rule: Any
-    layerwise: bool
-    states: tuple[str, ...]
-    shrink: bool  # one L1 threshold for all elements, whatever the gain of each
-    param: torch.dtype
-    grad: torch.dtype
-    state: torch.dtype
-    counts: tuple[torch.dtype, ...]
-    aligned: bool
-    spread: Spread | None  # over ranks; the norms of those alike are summed alike
+    program: Program
+    spread: Spread | None
+    """Over ranks. Norms of tensors that are spread alike are summed alike."""
 
 
 @dataclass
 class Bucket:
-    """The tensors of one kind."""
+    """The tensors of one launch."""
 
-    kind: Kind
+    key: Key
     positions: list[int]
-    """Where its tensors stand among the parameters of the plan."""
-    hooks: dict[str, bool]
-    """Which penalties any of its groups has."""
-    table: Any
+    """Where its tensors are among the parameters of the plan."""
+    table: Table
     rows: Tensor
     first_chunk: int
     """Where its chunks begin among the partial norms of the device."""
     first_tensor: int
     """Where its tensors begin among the gradient addresses of the device."""
-    partials: Tensor | None
-    """Of a layerwise rule: sums of squares of each chunk, of the parameter and of its update."""
+    partials: Tensor
+    """For a layerwise rule: sums of squares of each chunk, of the parameter and of its update."""
     squares: Tensor | None
-    """The same of each tensor."""
+    """The same of each tensor; None for any other rule."""
     slots: list[list[int]]
     """Where each address of its table is among those of the inventory."""
 
@@ -70,66 +65,82 @@ class Memory:
     numbers: Tensor
     views: list[Tensor] = field(init=False)
     """What each bucket has of `grads`."""
-    calls: dict[Any, list[Callable[[], None]]] = field(default_factory=dict)
+    calls: dict[Hashable, list[Call]] = field(default_factory=dict)
     """Launches that are the same in every step of a kind."""
 
     def __post_init__(self) -> None:
         self.views = [bucket.grads_in(self.grads) for bucket in self.buckets]
 
 
-def layout(inventory: Inventory, states: States) -> dict[torch.device, Memory]:
+def layout(inventory: Inventory, states: LocalStates) -> dict[torch.device, Memory]:
     """Sort the tensors of an inventory into buckets and write their tables."""
-    kinds: dict[torch.device, dict[Kind, list[int]]] = {}
+    keys: dict[torch.device, dict[Key, list[int]]] = {}
     for position, param in enumerate(inventory.chosen):
-        kind = _kind(inventory, position, states[position], spread_of(param))
-        kinds.setdefault(kind.device, {}).setdefault(kind, []).append(position)
-    return {device: _memory(inventory, device, of) for device, of in kinds.items()}
+        key = Key(
+            inventory.backends[position],
+            inventory.params[position].device,
+            _program(inventory, position, states[position]),
+            spread_of(param),
+        )
+        keys.setdefault(key.device, {}).setdefault(key, []).append(position)
+    return {device: _memory(inventory, device, of) for device, of in keys.items()}
 
 
-def _kind(
-    inventory: Inventory, position: int, state: Mapping[str, Tensor], spread: Spread | None
-) -> Kind:
-    param = inventory.params[position]
-    rule, names, shrink, *_ = inventory.options.structure[inventory.group_of[position]]
-    counts = [state.get(name) for name in inventory.scalar_states]
-    return Kind(
-        launch=inventory.launchers[position],
-        device=param.device,
-        rule=rule,
-        layerwise=inventory.layerwise,
-        states=names,
-        shrink=shrink,
+def _program(inventory: Inventory, position: int, state: Mapping[str, Tensor]) -> Program:
+    """What kernels are compiled for, to step a parameter."""
+    options, group = inventory.options, inventory.group_of[position]
+    structure, param = options.structure[group], inventory.params[position]
+    counts = [state.get(name) for name in inventory.counts]
+    storage, planes = inventory.formats[position], inventory.planes[position]
+    first_state = planes[: len(storage.suffixes)]
+    assert structure.rule is not None, "kernels step no parameter of a group without a device rule"
+    return Program(
+        rule=structure.rule,
+        hooks=options.hooks_of[group],
+        states=len(structure.states),
+        planes=tuple(state[name].dtype for name in first_state) or (param.dtype,),
+        codec=storage.codec,
+        counts=tuple(torch.float64 if count is None else count.dtype for count in counts),
+        options=options.options,
+        line=options.width,
         param=param.dtype,
         grad=inventory.grad_dtypes[position],
-        state=state[names[0]].dtype if names else param.dtype,
-        counts=tuple(torch.float64 if count is None else count.dtype for count in counts),
         aligned=inventory.is_aligned[position],
-        spread=spread,
+        layerwise=inventory.layerwise,
     )
 
 
-def _memory(inventory: Inventory, device: torch.device, kinds: Mapping[Kind, list[int]]) -> Memory:
-    launch = inventory.launch
+def _memory(inventory: Inventory, device: torch.device, keys: Mapping[Key, list[int]]) -> Memory:
     buckets: list[Bucket] = []
     chunks = tensors = 0
-    for kind, positions in kinds.items():
+    for key, positions in keys.items():
         groups = [inventory.group_of[position] for position in positions]
         numels = [inventory.numels[position] for position in positions]
-        slots = _slots(inventory, kind, positions)
-        table = kind.launch.build(addresses_at(inventory, slots), numels, groups, device)
-        rows = torch.empty(len(positions), launch.ROW, dtype=torch.float64, device=device)
-        hooks = launch.penalties([inventory.options.lines[group] for group in set(groups)])
+        slots = _slots(inventory, positions)
+        table = key.backend.build(addresses_at(inventory, slots), numels, groups, device)
+        program = key.program
+        rows = torch.empty(len(positions), program.row, dtype=torch.float64, device=device)
         partials, squares = (
-            torch.zeros(count, 2, dtype=torch.float64, device=device) if kind.layerwise else None
-            for count in (table.chunks, len(positions))
+            torch.zeros(count, 2, dtype=torch.float64, device=device)
+            for count in ((table.chunks, len(positions)) if program.layerwise else (0, 0))
         )
         buckets.append(
-            Bucket(kind, positions, hooks, table, rows, chunks, tensors, partials, squares, slots)
+            Bucket(
+                key,
+                positions,
+                table,
+                rows,
+                chunks,
+                tensors,
+                partials,
+                squares if program.layerwise else None,
+                slots,
+            )
         )
         chunks += table.chunks
         # An even number, because triton compiles for the alignment of where the next one begins.
         tensors += len(positions) + len(positions) % 2
-    size = launch.HEADER + sum(map(len, inventory.options.lines))
+    size = len(HEADER) + sum(map(len, inventory.options.lines))
     return Memory(
         buckets,
         grads=torch.empty(tensors, dtype=torch.int64, device=device),
@@ -138,11 +149,12 @@ def _memory(inventory: Inventory, device: torch.device, kinds: Mapping[Kind, lis
     )
 
 
-def _slots(inventory: Inventory, kind: Kind, positions: list[int]) -> list[list[int]]:
-    """Places of parameters, moments and counts; -1 for a count that a parameter has not."""
-    names = (*kind.states, *inventory.scalar_states)
-    states = [[inventory.state_index(position, name) for position in positions] for name in names]
-    return [positions, *states]
+def _slots(inventory: Inventory, positions: list[int]) -> list[list[int]]:
+    """Places of parameters, states and counts; -1 for a count that a parameter does not have."""
+    planes = zip(*(inventory.planes[position] for position in positions), strict=True)
+    counts = ([name] * len(positions) for name in inventory.counts)
+    places = partial(map, inventory.state_index, positions)
+    return [positions, *(list(places(names)) for names in (*planes, *counts))]
 
 
 def addresses_at(inventory: Inventory, slots: list[list[int]]) -> list[list[int]]:

@@ -7,35 +7,30 @@ changes are checked once for all groups that changed alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from operator import is_, itemgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fusedreg.scalars import Number, on_host
+from fusedreg.contract import UpdateRule
+from fusedreg.kernels.contract import FIRST_NUMBER, SLOTS, Backend, DeviceFunction, Hook
+from fusedreg.kernels.contract import Rule as DeviceRule
+from fusedreg.kernels.layout import Group, with_lr
+from fusedreg.penalties import Term
+from fusedreg.scalars import Number, is_remote, on_host
+from fusedreg.types import ParamGroup
 
-Groups = Sequence[dict[str, Any]]
 
+class Structure(NamedTuple):
+    """What the options of a group decide: which kernels its parameters need."""
 
-class Rule(Protocol):
-    """The part of an optimizer that the engine needs; see FusedOptimizer, which documents it."""
-
-    defaults: dict[str, Any]
-    own_options: frozenset[str]
-    tensor_states: tuple[str, ...]
-    scalar_states: tuple[str, ...]
-    device_options: tuple[str, ...]
-    layerwise: bool
-
-    def device_rule(self, group: Mapping[str, Any]) -> Any:
-        """The rule, or its name in `fusedreg.kernels.device.rules`."""
-
-    def states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the tensor states that the rule moves."""
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise where an option is out of range."""
+    rule: DeviceRule | None
+    """None where the reference path steps its parameters."""
+    states: tuple[str, ...]
+    fused: bool | None
+    hooks: tuple[tuple[str, DeviceFunction], ...]
+    """Stage and function of each hook of its penalties."""
 
 
 class Lines:
@@ -45,72 +40,109 @@ class Lines:
 
     Args:
         rule: the optimizer.
-        launch: the module that launches kernels.
+        backend: what launches the kernels.
         groups: all param groups, checked.
     """
 
-    def __init__(self, rule: Rule, launch: Any, groups: Groups) -> None:
-        self._launch = launch
+    def __init__(self, rule: UpdateRule, backend: Backend, groups: list[ParamGroup]) -> None:
+        self._backend = backend
         self._options_of = itemgetter("lr", *(name for name in rule.defaults if name != "lr"))
         self._options = [self._options_of(group) for group in groups]
         self._seen = [_snapshot_if_mutable(options) for options in self._options]
         self._sizes = [len(group) for group in groups]
+        self.structure = [self._structure(rule, group) for group in groups]
+        self.hooks = self._placed(rule, groups)
+        """The hooks of all groups, in the order of the optimizer's penalties."""
+        self.options = len([*_elements(groups[0][name] for name in rule.device_options)])
+        """How many options the rule takes."""
+        self.width = FIRST_NUMBER + sum(hook.width for hook in self.hooks) + self.options
+        """How many numbers a line has."""
         self.lines = [self._line(rule, group) for group in groups]
-        self.structure = [
-            self._structure(rule, group, line)
-            for group, line in zip(groups, self.lines, strict=True)
-        ]
-        """What the options of each group decide: rule, states, hooks, path."""
-        self.stale = True
-        """Whether the lines differ from those that were sent last."""
+        self.hooks_of = self._packed()
+        """The hooks of the launch that a group is part of."""
 
-    def refresh(self, rule: Rule, groups: Groups) -> bool:
-        """Take over this step's options; False where they ask for another plan.
+    def _placed(self, rule: UpdateRule, groups: list[ParamGroup]) -> list[Hook]:
+        """Each hook that any group needs, once, and where its numbers are in a line."""
+        hooks: dict[tuple[str, DeviceFunction], Hook] = {}
+        first = FIRST_NUMBER
+        for penalty in rule.penalties:
+            for term in (term for group in groups for term in penalty.terms(group)):
+                function = self._backend.hook(term.function)
+                if (term.stage, function) not in hooks:
+                    width = len(term.numbers)
+                    hooks[term.stage, function] = Hook(term.stage, function, first, width)
+                    first += width
+        return [*hooks.values()]
+
+    def _packed(self) -> list[tuple[Hook, ...]]:
+        """Gather groups into as few launches as have slots for all their hooks."""
+        packs: list[set[Hook]] = []
+        pack_of: list[set[Hook]] = []
+        for structure in self.structure:
+            own = {hook for hook in self.hooks if (hook.stage, hook.function) in structure.hooks}
+            pack = next((pack for pack in packs if _has_slots(pack | own)), None)
+            if pack is None:
+                pack = set()
+                packs.append(pack)
+                if not _has_slots(own):
+                    raise ValueError(
+                        f"kernels have {SLOTS} slots for penalties at each stage of a step, and a "
+                        "param group has more at once: pass fused=False"
+                    )
+            pack |= own
+            pack_of.append(pack)
+        return [tuple(hook for hook in self.hooks if hook in pack) for pack in pack_of]
+
+    def refresh(self, rule: UpdateRule, groups: list[ParamGroup]) -> bool | None:
+        """Take over this step's options, say whether any changed; None: they need another plan.
 
         Raises what checking a group raises, for one that changed.
         """
         if len(groups) != len(self._options):
-            return False
-        alike: dict[tuple[Any, ...], tuple[list[Number], tuple[Any, ...]]] = {}
+            return None
+        changed = False
+        alike: dict[tuple[Any, ...], tuple[list[Number], Structure]] = {}
         for index, group in enumerate(groups):
             options, old = self._options_of(group), self._options[index]
             if len(group) != self._sizes[index] or not rule.own_options.isdisjoint(group.keys()):
-                rule._check_group(group)  # a key that was added is refused or warned of
+                rule.validate(group)  # a key that was added is refused or warned of
                 self._sizes[index] = len(group)
             if all(map(is_, options, old)):
                 seen = self._seen[index]
                 if seen is None or seen == _snapshot(options):
                     continue
             if not self._take(index, rule, group, options, alike):
-                return False
-        return True
+                return None
+            changed = True
+        return changed
 
     def _take(
         self,
         index: int,
-        rule: Rule,
-        group: dict[str, Any],
+        rule: UpdateRule,
+        group: ParamGroup,
         options: tuple[Any, ...],
-        alike: dict[tuple[Any, ...], tuple[list[Number], tuple[Any, ...]]],
+        alike: dict[tuple[Any, ...], tuple[list[Number], Structure]],
     ) -> bool:
         """Replace a line, the quick way where that is known to be right."""
-        self.stale = True
         lr, others = options[0], options[1:]
         simple = type(lr) is float and lr >= 0 and self._seen[index] is None
         if simple and all(map(is_, others, self._options[index][1:])):
             self._options[index] = options
-            self.lines[index] = self._launch.with_lr(self.lines[index], lr)
+            self.lines[index] = with_lr(self.lines[index], lr)
             return True
         mutable = _snapshot_if_mutable(options)
         found = alike.get(others) if simple and mutable is None else None
         if found is not None:
-            line, structure = self._launch.with_lr(found[0], lr), found[1]
+            line, structure = with_lr(found[0], lr), found[1]
         else:
-            rule._check_group(group)
+            rule.validate(group)
             options = self._options_of(group)  # which the check may have made plain
             mutable = _snapshot_if_mutable(options)
+            structure = self._structure(rule, group)
+            if structure != self.structure[index]:
+                return False
             line = self._line(rule, group)
-            structure = self._structure(rule, group, line)
             if mutable is None:
                 alike[options[1:]] = line, structure
         if structure != self.structure[index]:
@@ -118,39 +150,45 @@ class Lines:
         self._options[index], self._seen[index], self.lines[index] = options, mutable, line
         return True
 
-    def _structure(self, rule: Rule, group: dict[str, Any], line: list[Number]) -> tuple[Any, ...]:
-        """What of a group's options decides which state, rule and hooks its parameters need."""
-        names = rule.states(group)
-        device_rule = self._launch.rule_of(
-            rule.device_rule(group),
-            states=len(names),
-            counts=len(rule.scalar_states),
-            line=len(line),
+    def _structure(self, rule: UpdateRule, group: ParamGroup) -> Structure:
+        """What of a group's options decides which kernels its parameters need."""
+        names, wanted = rule.states(group), rule.device_rule(group)
+        device_rule = None
+        if wanted is not None:
+            options = [*_elements(group[name] for name in rule.device_options)]
+            device_rule = self._backend.rule(
+                wanted, states=len(names), counts=len(rule.counts), options=len(options)
+            )
+        hooks = tuple(
+            (term.stage, self._backend.hook(term.function)) for term in _terms(rule, group)
         )
-        hooks = self._launch.penalties([line])
-        return device_rule, names, group["l1_mode"] == "decoupled", group["fused"], hooks
+        return Structure(device_rule, names, group["fused"], hooks)
 
-    def _line(self, rule: Rule, group: dict[str, Any]) -> list[Number]:
+    def _line(self, rule: UpdateRule, group: ParamGroup) -> list[Number]:
         """The numbers of a group in the device's order; a tensor where it must not be read."""
-        decay, l1, mode = group["weight_decay"], group["l1"], group["l1_mode"]
-        decoupled = group["decoupled_weight_decay"]
-        line = self._launch.line(
-            lr=group["lr"],
-            maximize=group["maximize"],
-            coupled=0.0 if decoupled else decay,
-            decoupled=decay if decoupled else 0.0,
-            subgradient=l1 if mode == "subgradient" else 0.0,
-            prox=l1 if mode == "prox" else 0.0,
-            shrink=l1 if mode == "decoupled" else 0.0,
-            decay_lr=group["decay_lr"] if group["lr_independent_decay"] else 1.0,
-            options=_elements(group[name] for name in rule.device_options),
-        )
+        line: list[Number] = [0.0] * self.width
+        line[:FIRST_NUMBER] = Group(lr=group["lr"], sign=-1.0 if group["maximize"] else 1.0)
+        for term in _terms(rule, group):
+            function = self._backend.hook(term.function)
+            (first,) = (
+                hook.first
+                for hook in self.hooks
+                if (hook.stage, hook.function) == (term.stage, function)
+            )
+            line[first : first + len(term.numbers)] = term.numbers
+        line[self.width - self.options :] = _elements(group[name] for name in rule.device_options)
         return [value if is_remote(value) else float(value) for value in line]
 
 
-def is_remote(value: object) -> bool:
-    """Whether reading `value` would wait for a device."""
-    return isinstance(value, Tensor) and not on_host(value)
+def _terms(rule: UpdateRule, group: ParamGroup) -> Iterator[Term]:
+    """What the penalties of a group ask of kernels."""
+    return (term for penalty in rule.penalties for term in penalty.terms(group))
+
+
+def _has_slots(hooks: set[Hook]) -> bool:
+    """Whether one launch can run all these hooks."""
+    stages = [hook.stage for hook in hooks]
+    return all(stages.count(stage) <= slots for stage, slots in SLOTS.items())
 
 
 def _snapshot(options: Any) -> Any:

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from fusedreg.dist import Spread
-from fusedreg.engine.layout import Bucket, Memory, addresses_at, layout
-from fusedreg.engine.numbers import is_remote
-from fusedreg.engine.watch import Inventory, States
-from fusedreg.scalars import Flag, Number
+from fusedreg.engine.layout import Memory, addresses_at, layout
+from fusedreg.engine.watch import NOTHING, Changes, Inventory
+from fusedreg.kernels.contract import Call
+from fusedreg.kernels.layout import Header
+from fusedreg.kernels.table import constants, move, send
+from fusedreg.scalars import Flag, Number, is_remote
+from fusedreg.types import States
 
 NOT_BEFORE_CAPTURE = (
     "Cannot capture a step that has to create state, send tables from the host or load kernels: "
@@ -32,10 +35,8 @@ NOT_BEFORE_CAPTURE = (
 ONE = 1.0
 """The scale of a step that has none, compared by identity."""
 
-Call = Callable[[], None]
-"""A launch with all its arguments."""
-Exchange = Callable[[Mapping[Tensor, Tensor]], None]
-"""Takes what is here of each parameter and makes of it what is on all ranks."""
+OverRanks = Callable[[Mapping[Tensor, Tensor]], None]
+"""All-reduces the local sums of each parameter in place."""
 
 
 class Plan:
@@ -48,14 +49,14 @@ class Plan:
 
     def __init__(self, inventory: Inventory, state: States) -> None:
         self.inventory = inventory
-        self.launch = inventory.launch
         self.memory = layout(inventory, inventory.states_here(state))
-        inventory.stale_tables = False
         self.gpus = list(filter(is_gpu, self.memory))
         self.header: list[float | None] = []
         self.remote = False  # whether any number lives on a device
         self.variant: tuple[bool, ...] = ()
-        self.launched: list[Call] = []
+        self._pending = Changes(numbers=True, grads=True, copies=inventory.first_copies)
+        """What has not been sent to the device yet."""
+        self._launched: list[Call] = []
         """In this step."""
         self._again: list[Call] = []
         """Those of the last step. Empty unless it had no norm, no scale and no skip."""
@@ -70,13 +71,24 @@ class Plan:
         """Whether a CUDA graph is being captured on one of its devices."""
         return any(map(is_capturing, self.gpus))
 
+    def take(self, changes: Changes) -> None:
+        """Take over what the inventory has found, to be sent in the next run."""
+        if changes is not NOTHING:
+            old = self._pending
+            self._pending = Changes(
+                numbers=old.numbers or changes.numbers,
+                tables=old.tables or changes.tables,
+                grads=old.grads or changes.grads,
+                copies=changes.copies,
+            )
+
     def norms(self) -> list[tuple[Spread | None, Tensor]]:
         """Vectors whose norms make that of all gradients here, each with how it is spread."""
         for device, memory in self.memory.items():
             with _current(device):
                 self._do(self._norms(memory, self._send_grads(device, memory)))
         return [
-            (bucket.kind.spread, memory.partials[bucket.first_chunk :][: bucket.table.chunks])
+            (bucket.key.spread, memory.partials[bucket.first_chunk :][: bucket.table.chunks])
             for memory in self.memory.values()
             for bucket in memory.buckets
         ]
@@ -90,11 +102,11 @@ class Plan:
         found_inf: Number | None = None,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
-        grad_norm: Tensor | None = None,
+        norm_on: torch.device | None = None,
         skipped: Tensor | None = None,
-        exchange: Exchange | None = None,
-    ) -> None:
-        """Step every parameter that has a gradient.
+        over_ranks: OverRanks | None = None,
+    ) -> tuple[Tensor | None, int]:
+        """Step every parameter that has a gradient; return the norm and the number of launches.
 
         Args:
             scale: multiplies every gradient.
@@ -102,17 +114,18 @@ class Plan:
             grad_scale, found_inf: what GradScaler says; it divides, and not 0 means skip.
             max_norm: clip the norm over all gradients of the plan; None does not.
             skip_nonfinite: skip where that norm is inf or NaN.
-            grad_norm: 0-dim float32, takes the norm; None computes no norm. Like `skipped` it needs
-                a plan that has a `device`.
-            skipped: 0-dim int64, is increased by one where nothing changed.
-            exchange: sums squares over ranks in place, for a layerwise rule where there are parts.
+            norm_on: the device of the plan, to compute the norm there; None computes none.
+            skipped: 0-dim int64 on that device, is increased by one where nothing changed.
+            over_ranks: sums squares over ranks, for a layerwise rule where there are parts.
         """
-        said = (scale, skip, grad_scale, found_inf, max_norm, grad_norm, skipped, exchange)
+        said = (scale, skip, grad_scale, found_inf, max_norm, norm_on, skipped, over_ranks)
         plain = all(map(is_, said, (ONE, False, None, None, None, None, None, None)))
         if plain and self._again and not self._has_news():
             self._do(self._again)
-            self._finish(moved=True)
-            return
+            return None, self._finish(moved=True)
+        grad_norm = (
+            None if norm_on is None else torch.empty((), dtype=torch.float32, device=norm_on)
+        )
         clips = max_norm is not None and max_norm != float("inf")
         scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
         if self.gpus:
@@ -125,15 +138,16 @@ class Plan:
             scale, grad_scale = scale / float(grad_scale), None
         if found_inf is not None and self._reads(found_inf):
             skip, found_inf = skip | bool(found_inf != 0), None
-        header = self.launch.header(
-            max_norm=max_norm if clips else float("inf"),
+        header = Header(
+            max_norm=max_norm if max_norm is not None and clips else float("inf"),
             scale=scale,
             skip=skip,
             skip_nonfinite=skip_nonfinite,
         )
         known = [None if isinstance(value, Tensor) else float(value) for value in header]
         if known != self.header:
-            self.header, self.inventory.options.stale = known, True
+            self.header = known
+            self._pending = self._pending._replace(numbers=True)
         before = self._skipped_here(skipped)
         self._send_moved()
         numbers_of_norm = (grad_norm, skipped, grad_scale, found_inf)
@@ -158,33 +172,28 @@ class Plan:
                 usual = same and all(number is None for number in numbers_of_norm)
                 self._do(self._prepared(memory, "rows", usual, rows, grads))
                 if self.inventory.layerwise:
-                    squares = partial(self._squares, scaled=scaled)
+                    squares = partial(self._squares, numbers=numbers, scaled=scaled)
                     self._do(self._prepared(memory, ("squares", scaled), same, squares, grads))
-                step = partial(self._step, scaled=scaled)
+                step = partial(self._step, numbers=numbers, scaled=scaled)
                 steps.append((device, self._prepared(memory, ("step", scaled), same, step, grads)))
-        if exchange is not None:
-            exchange(self._squares_of_params())
+        if over_ranks is not None:
+            over_ranks(self._squares_of_params())
         for device, calls in steps:
             with _current(device):
                 self._do(calls)
         # On a GPU there is more to look after in every step: captures, and the current device.
-        self._again = [] if self.gpus or not plain else [*self.launched]
-        self._finish(moved=skip is not True and before == self._skipped_here(skipped))
+        self._again = [] if self.gpus or not plain else [*self._launched]
+        moved = skip is not True and before == self._skipped_here(skipped)
+        return grad_norm, self._finish(moved)
 
     def _has_news(self) -> bool:
         """Whether anything has to be sent to a device."""
-        inventory = self.inventory
-        return (
-            self.remote
-            or inventory.stale_grads
-            or inventory.stale_tables
-            or inventory.options.stale
-        )
+        return self.remote or self._pending is not NOTHING
 
     def _do(self, calls: list[Call]) -> None:
         for call in calls:
             call()
-        self.launched += calls
+        self._launched += calls
 
     def _prepared(
         self,
@@ -202,14 +211,16 @@ class Plan:
                 memory.calls[key] = calls
         return calls
 
-    def _finish(self, moved: bool) -> None:
-        """What is left to do on the host, once all is launched."""
+    def _finish(self, moved: bool) -> int:
+        """What is left to do on the host, once all is launched; returns how many launches."""
         if moved:
             # As any operation in place does: a backward pass through the old values must fail.
             torch.autograd.graph.increment_version(self.inventory.with_grads)
-        if not self.capturing():
-            self.inventory.stale_grads = self.inventory.options.stale = False
-        self.inventory.copies.clear()
+        # A graph has numbers and addresses of its own, so nothing has been sent.
+        self._pending = self._pending._replace(copies=()) if self.capturing() else NOTHING
+        launches = len(self._launched)
+        self._launched.clear()
+        return launches
 
     def _reads(self, value: Number) -> bool:
         """Whether the host reads a number: one that it has, or that only it needs."""
@@ -221,7 +232,7 @@ class Plan:
 
     def _send_grads(self, device: torch.device, memory: Memory) -> list[Tensor]:
         """Each bucket's gradients' addresses on the device; in a graph its own, only read there."""
-        if not self.inventory.stale_grads and not is_capturing(device):
+        if not self._pending.grads and not is_capturing(device):
             return memory.views
         begin = self.inventory.grads_begin
         addresses: list[int] = []
@@ -230,36 +241,36 @@ class Plan:
             addresses += (self.inventory.addresses[begin + i] for i in bucket.positions)
         addresses += [0] * (memory.grads.numel() - len(addresses))
         if is_capturing(device):
-            constants = self.launch.constants(addresses, device).to(torch.int64)
-            return [bucket.grads_in(constants) for bucket in memory.buckets]
+            captured = constants(addresses, device).to(torch.int64)
+            return [bucket.grads_in(captured) for bucket in memory.buckets]
         # A buffer is read faster than a list.
-        self.launch.send(torch.frombuffer(array("q", addresses), dtype=torch.int64), memory.grads)
+        send(torch.frombuffer(array("q", addresses), dtype=torch.int64), memory.grads)
         return memory.views
 
     def _send_moved(self) -> None:
         """Tell the tables where parameters and states are now, if any has moved."""
-        if not self.inventory.stale_tables:
+        if not self._pending.tables:
             return
         for device, memory in self.memory.items():
             with _current(device):
                 for bucket in memory.buckets:
-                    self.launch.move(bucket.table, addresses_at(self.inventory, bucket.slots))
-        self.inventory.stale_tables = False
+                    move(bucket.table, addresses_at(self.inventory, bucket.slots))
+        self._pending = self._pending._replace(tables=False)
 
     def _send_numbers(
         self, device: torch.device, memory: Memory, header: Sequence[Number]
     ) -> Tensor:
         """Header and lines on the device, where the numbers that live there join them."""
-        if not (self.inventory.options.stale or self.remote or is_capturing(device)):
+        if not (self._pending.numbers or self.remote or is_capturing(device)):
             return memory.numbers
         values = [*header, *chain.from_iterable(self.inventory.options.lines)]
         remote = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
         numbers = memory.numbers
         floats = [0.0 if isinstance(value, Tensor) else value for value in values]
         if is_capturing(device):
-            numbers = self.launch.constants(floats, device)
-        elif self.inventory.options.stale:
-            self.launch.send(torch.frombuffer(array("d", floats), dtype=torch.float64), numbers)
+            numbers = constants(floats, device)
+        elif self._pending.numbers:
+            send(torch.frombuffer(array("d", floats), dtype=torch.float64), numbers)
         self.remote = bool(remote)
         if remote:
             targets = [numbers[i] for i, _ in remote]
@@ -269,13 +280,8 @@ class Plan:
     def _norms(self, memory: Memory, grads: Sequence[Tensor]) -> list[Call]:
         """The norm of each chunk of the gradients."""
         return [
-            bucket.kind.launch.norms(
-                bucket.table,
-                addresses,
-                memory.partials,
-                bucket.first_chunk,
-                bucket.kind.grad,
-                bucket.kind.aligned,
+            bucket.key.backend.norms(
+                bucket.key.program, bucket.table, addresses, memory.partials, bucket.first_chunk
             )
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
         ]
@@ -285,55 +291,59 @@ class Plan:
         memory: Memory,
         grads: Sequence[Tensor],
         *,
+        numbers: Tensor,
         grad_norm: Tensor | None,
         skipped: Tensor | None,
-        **numbers: Tensor | None,
+        **more: Tensor | None,
     ) -> list[Call]:
-        """The row of each tensor; the first bucket counts and tells the norm."""
+        """The row of each tensor; the first bucket writes the norm and counts what is skipped."""
         return [
-            bucket.kind.launch.rows(
+            bucket.key.backend.rows(
+                bucket.key.program,
                 bucket.table,
                 addresses,
-                out=bucket.rows,
-                rule=bucket.kind.rule,
-                states=len(bucket.kind.states),
-                counts=bucket.kind.counts,
-                line=len(self.inventory.options.lines[0]),
+                numbers,
+                bucket.rows,
                 grad_norm=grad_norm if bucket is memory.buckets[0] else None,
                 skipped=skipped if bucket is memory.buckets[0] else None,
-                **numbers,
+                **more,
             )
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
         ]
 
-    def _squares(self, memory: Memory, grads: Sequence[Tensor], scaled: bool) -> list[Call]:
-        """Of a layerwise rule: the squares of every tensor and its update, of what is here."""
+    def _squares(
+        self, memory: Memory, grads: Sequence[Tensor], *, numbers: Tensor, scaled: bool
+    ) -> list[Call]:
+        """For a layerwise rule: sums of squares of every tensor here, and of its update."""
         return [
             call
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
-            for call in bucket.kind.launch.squares(
+            if bucket.squares is not None
+            for call in bucket.key.backend.squares(
+                bucket.key.program,
                 bucket.table,
                 addresses,
+                numbers,
                 bucket.rows,
                 bucket.partials,
                 bucket.squares,
-                _walk(bucket, scaled),
+                scaled=scaled,
             )
         ]
 
-    def _step(self, memory: Memory, grads: Sequence[Tensor], scaled: bool) -> list[Call]:
-        """What moves parameters, moments and counts."""
+    def _step(
+        self, memory: Memory, grads: Sequence[Tensor], *, numbers: Tensor, scaled: bool
+    ) -> list[Call]:
+        """What moves parameters, states and counts."""
         return [
-            bucket.kind.launch.step(
+            bucket.key.backend.step(
+                bucket.key.program,
                 bucket.table,
                 addresses,
+                numbers,
                 bucket.rows,
                 bucket.squares,
-                _walk(bucket, scaled),
-                counts=bucket.kind.counts,
-                decoupled=bucket.hooks["decoupled"],
-                prox=bucket.hooks["prox"],
-                shrink=bucket.kind.shrink,
+                scaled=scaled,
             )
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
         ]
@@ -347,22 +357,6 @@ class Plan:
             if bucket.squares is not None
             for position, squares in zip(bucket.positions, bucket.squares, strict=True)
         }
-
-
-def _walk(bucket: Bucket, scaled: bool) -> Any:
-    """What a kernel that walks all elements of a bucket is compiled for."""
-    kind = bucket.kind
-    return kind.launch.Walk(
-        rule=kind.rule,
-        states=len(kind.states),
-        subgradient=bucket.hooks["subgradient"],
-        coupled=bucket.hooks["coupled"],
-        scaled=scaled,
-        param=kind.param,
-        grad=kind.grad,
-        state=kind.state,
-        aligned=kind.aligned,
-    )
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -12,26 +12,27 @@ tensors. Only where that says no, each tensor is looked at:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from operator import attrgetter, is_, itemgetter, or_
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedreg.backend import is_plain, same_layout
+from fusedreg.contract import UpdateRule
 from fusedreg.dist import is_sharded_alike, local, spread_of, where_of
-from fusedreg.engine.numbers import Groups, Lines, Rule
+from fusedreg.engine.numbers import Lines
+from fusedreg.formats import planes_of
+from fusedreg.kernels.contract import Backend
+from fusedreg.types import ParamGroup, States
 
 try:
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # it is no public part of torch; without it every tensor is looked at
     TensorGuards = None  # type: ignore[assignment, misc]
-
-States = Mapping[Any, dict[str, Tensor]]
 
 # Bound once, because they run so often.
 _params_of = itemgetter("params")
@@ -42,6 +43,22 @@ EMPTY = 16
 """Stands for the address of an empty gradient, because 0 stands for none."""
 
 
+class Changes(NamedTuple):
+    """What is different from the last step, so that it has to be sent to the device."""
+
+    numbers: bool = False
+    """The lines of groups."""
+    tables: bool = False
+    """Where parameters and states are."""
+    grads: bool = False
+    """Where gradients are."""
+    copies: Sequence[Tensor] = ()
+    """Gradients in the layout of their parameters, to be kept until the step is launched."""
+
+
+NOTHING, OTHER_GRADS, MOVED = Changes(), Changes(grads=True), Changes(tables=True, grads=True)
+
+
 class Inventory:
     """The parameters, states, options and gradients that kernels step with.
 
@@ -49,7 +66,7 @@ class Inventory:
 
     Args:
         rule: the optimizer.
-        kernels: the module that launches the kernels of each parameter.
+        backends: what launches the kernels of each parameter.
         groups: all param groups.
         chosen: the parameters that kernels step, each with the index of its group. Parameter,
             gradient and states of each are walkable.
@@ -63,23 +80,24 @@ class Inventory:
 
     def __init__(
         self,
-        rule: Rule,
-        kernels: Mapping[Tensor, ModuleType | None],
-        groups: Groups,
+        rule: UpdateRule,
+        backends: Mapping[Tensor, Backend | None],
+        groups: list[ParamGroup],
         chosen: Mapping[Tensor, int],
         rest: Collection[Tensor],
         state: States,
         grad_dtypes: Mapping[Tensor, torch.dtype],
     ) -> None:
         self.chosen, self.rest = chosen, rest
-        self.tensor_states, self.scalar_states = rule.tensor_states, rule.scalar_states
+        self.counts = tuple(rule.counts)
         self.layerwise = rule.layerwise
         self.stepped = list(chosen)
-        self.launchers = [kernels[param] for param in chosen]
-        self.launch: Any = self.launchers[0]  # tables and numbers are the same for all
+        found = (backends[param] for param in chosen)
+        self.backends = [backend for backend in found if backend is not None]
+        self.backend = self.backends[0]  # tables and numbers are the same for all
         self.group_of = list(chosen.values())
         self.sharded = any(local(param) is not param for param in chosen)
-        self.options = Lines(rule, self.launch, groups)
+        self.options = Lines(rule, self.backend, groups)
         self._take_places(groups)
         self._take_names(rule, groups, state)
         self.grad_dtypes = [
@@ -96,23 +114,23 @@ class Inventory:
         self.fixed_facts = list(map(_facts, map(local, fixed)))
         self.addresses: list[int] = []
         """Of parameters, then states, then gradients; 0 for a gradient that is not there."""
-        self.stale_grads = self.stale_tables = True
-        self.copies: list[Tensor] = []
         self._missing: list[int] = []
         self._other_layout: list[int] = []
         self._guards: Callable[..., bool] = _never
         self._aligned_fixed: Callable[[list[int]], Any] | None = None
         self._aligned_grads: Callable[[list[int]], Any] | None = None
-        if not self._take_tensors(self.stepped, state):
+        changes = self._take_tensors(self.stepped, state)
+        if changes is None:
             raise RuntimeError(
                 "a parameter, a gradient or a state has no memory: its storage was freed or "
                 "resized, or its class wraps another tensor. Give it memory, or pass fused=False"
             )
+        self.first_copies = changes.copies
         self._take_alignment()
 
     # ---- seen once -----------------------------------------------------------------------------
 
-    def _take_places(self, groups: Groups) -> None:
+    def _take_places(self, groups: list[ParamGroup]) -> None:
         """Where the chosen parameters stand among all, and which have had no gradient yet."""
         self.flat = list(chain.from_iterable(map(_params_of, groups)))
         self.sizes = [len(group["params"]) for group in groups]
@@ -123,12 +141,18 @@ class Inventory:
         self.idle = [place[param] for param in place if param not in known]
         self.spreads = dict.fromkeys(map(spread_of, self.flat))
 
-    def _take_names(self, rule: Rule, groups: Groups, state: States) -> None:
+    def _take_names(self, rule: UpdateRule, groups: list[ParamGroup], state: States) -> None:
         """Names of the states of each chosen parameter, and where they begin among addresses."""
-        of_group = [(*rule.states(group), *rule.scalar_states) for group in groups]
+        self.formats = [rule.state_format(groups[i], param) for param, i in self.chosen.items()]
+        states_of = [rule.states(group) for group in groups]
+        self.planes = [
+            planes_of(storage, states_of[group])
+            for storage, group in zip(self.formats, self.group_of, strict=True)
+        ]
+        """Names of the tensors that the states of each parameter are stored in."""
         self.names = [
-            tuple(name for name in of_group[group] if name in state.get(param, ()))
-            for param, group in self.chosen.items()
+            (*planes, *(name for name in self.counts if name in state.get(param, ())))
+            for param, planes in zip(self.chosen, self.planes, strict=True)
         ]
         self._same_names = len(set(self.names)) == 1
         self._named = itemgetter(*self.names[0]) if self._same_names and self.names[0] else None
@@ -150,10 +174,10 @@ class Inventory:
     def _take_alignment(self) -> None:
         """Which parameters lie, with gradients and moments, where the widest access begins."""
         fixed = [
-            [i, *(self.state_index(i, name) for name in names if name in self.tensor_states)]
-            for i, names in enumerate(self.names)
+            [i, *(self.state_index(i, name) for name in planes)]
+            for i, planes in enumerate(self.planes)
         ]
-        width = self.launch.ALIGNMENT
+        width = self.backend.alignment
         self.is_aligned = [
             not any(self.addresses[place] % width for place in (*places, self.grads_begin + i))
             for i, places in enumerate(fixed)
@@ -169,25 +193,25 @@ class Inventory:
 
     # ---- compared in every step ----------------------------------------------------------------
 
-    def refresh(self, rule: Rule, groups: Groups, state: States) -> bool:
-        """Take over this step's options, addresses and gradients; False where a plan is outdated.
+    def refresh(self, rule: UpdateRule, groups: list[ParamGroup], states: States) -> Changes | None:
+        """Take over this step's options, addresses and gradients; None where a plan is outdated.
 
         Raises what checking a group raises, for one whose options changed. Changes no tensor.
         """
-        if not self.options.refresh(rule, groups):
-            return False
-        if [len(group["params"]) for group in groups] != self.sizes:
-            return False
+        numbers = self.options.refresh(rule, groups)
+        if numbers is None or [len(group["params"]) for group in groups] != self.sizes:
+            return None
         flat = list(chain.from_iterable(map(_params_of, groups)))
         if not all(map(is_, flat, self.flat)):
-            return False
+            return None
         if self.idle and any(flat[place].grad is not None for place in self.idle):
-            return False
+            return None
         params = flat if self.whole else [flat[place] for place in self.places]
         try:
-            return self._take_tensors(params, state)
+            changes = self._take_tensors(params, states)
         except (AttributeError, KeyError, RuntimeError, TypeError):
-            return False  # a state has gone or is no tensor; a gradient is sparse
+            return None  # a state has gone or is no tensor; a gradient is sparse
+        return changes._replace(numbers=True) if changes is not None and numbers else changes
 
     def _states_of(self, params: list[Tensor], state: States) -> list[Any]:
         """The states of all parameters in the order of their names."""
@@ -204,16 +228,16 @@ class Inventory:
             states = [state.get(param, {})[name] for param, names in named for name in names]
         return states
 
-    def _take_tensors(self, params: list[Tensor], state: States) -> bool:
-        """Take over where tensors are; False where one is to be read in another way."""
+    def _take_tensors(self, params: list[Tensor], state: States) -> Changes | None:
+        """Take over where tensors are; None where one is to be read in another way."""
         states = self._states_of(params, state)
         grads = list(map(_grad_of, params))
         if self.sharded:
             pairs = zip(params, grads, strict=True)
             if not all(grad is None or is_sharded_alike(param, grad) for param, grad in pairs):
-                return False
+                return None
             if [where_of(tensor) for tensor in chain(params, states)] != self.where:
-                return False
+                return None
             params, states = list(map(local, params)), list(map(local, states))
             grads = [None if grad is None else local(grad) for grad in grads]
         known = True
@@ -224,12 +248,13 @@ class Inventory:
         if not (known and self._guards(*params, *states, *grads)) and not self._look_at_each(
             params, states, grads
         ):
-            return False
-        self.copies.clear()
+            return None
+        copies = []
         for i in self._other_layout:
             grads[i] = torch.empty_like(params[i], dtype=grads[i].dtype).copy_(grads[i])
-            self.copies.append(grads[i])  # until the step has been launched
-        return self._take_addresses(list(map(_address_of, chain(params, states, grads))))
+            copies.append(grads[i])
+        changes = self._take_addresses(list(map(_address_of, chain(params, states, grads))))
+        return changes._replace(copies=copies) if changes is not None and copies else changes
 
     def _look_at_each(
         self, params: list[Tensor], states: list[Tensor], grads: list[Tensor | None]
@@ -255,28 +280,26 @@ class Inventory:
         self._guards = _guards_of([*params, *states, *grads])
         return True
 
-    def _take_addresses(self, addresses: list[int]) -> bool:
-        """Take over addresses; False where they ask for another access."""
+    def _take_addresses(self, addresses: list[int]) -> Changes | None:
+        """Take over addresses; None where they ask for another access."""
         begin = self.grads_begin
         for i in self.empty:
             addresses[begin + i] = EMPTY
         for i in self._missing:
             addresses[begin + i] = 0
         if addresses == self.addresses:
-            return True
+            return NOTHING
         if not all(addresses) and not self._all_have_memory(addresses):
-            return False
+            return None
         moved = addresses[:begin] != self.addresses[:begin]
         if self._aligned_fixed is not None and self._aligned_grads is not None:
             combined = reduce(or_, self._aligned_grads(addresses))
             if moved:
                 combined = reduce(or_, self._aligned_fixed(addresses), combined)
-            if combined % self.launch.ALIGNMENT:
-                return False
-        self.stale_grads = True
-        self.stale_tables = self.stale_tables or moved
+            if combined % self.backend.alignment:
+                return None
         self.addresses = addresses
-        return True
+        return MOVED if moved else OTHER_GRADS
 
     def _all_have_memory(self, addresses: list[int]) -> bool:
         """Whether 0 stands only for what is empty or missing, and for no storage that was freed."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
-from fusedreg.reference import Settings, State, as_real
-from fusedreg.scalars import Number
+from fusedreg.optimizer import FusedOptimizer, Options
+from fusedreg.scalars import Count, Number
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  # a property
@@ -82,7 +82,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
     """
 
     tensor_states = ("sum",)
-    scalar_states = ("step",)
+    counts = MappingProxyType({"step": Count()})
     device_options = ("lr_decay", "eps")
 
     def __init__(
@@ -98,67 +98,51 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         for name in ("lr_decay", "eps"):
             check_number(name, group[name], read_device=read_device)
         name = "initial_accumulator_value"
         check_number(name, group[name], below=float("inf"), read_device=read_device)
 
-    def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Begin the sum at its initial value."""
-        fresh = "sum" not in state
-        super().init_state(group, param, state)
-        if fresh:
-            as_real(state["sum"]).add_(group["initial_accumulator_value"])
+    def first_value(self, group: Settings, name: str) -> Number:
+        """Where the sum begins."""
+        value: Number = group["initial_accumulator_value"]
+        return value
 
     def share_memory(self) -> None:
         """Move `sum` of every parameter into shared memory, for processes that train together."""
-        for group in self.param_groups:
-            self._check_group(group)
-        self._init_states([(group, group["params"]) for group in self.param_groups])
-        for param in self._params():
-            self.state[param]["sum"].share_memory_()
+        self._stepper.create_states(self, self.param_groups, self.state)
+        for state in self.state.values():
+            state["sum"].share_memory_()
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""
         return "adagrad"
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
-        new: State = {"step": state["step"] + 1, "sum": state["sum"] + grad * grad}
-        root = _root(settings, new)
-        # 0/0: a coordinate that has never seen a gradient does not move.
-        return torch.where(root == 0, 0.0, grad / root / _slowed(settings, new)), new
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """1 / d, and 0 where the sum is 0: there 1 / eps would wipe out unused weights."""
-        gain = 1 / _root(settings, state) / _slowed(settings, state)
-        return torch.where(state["sum"] == 0, 0.0, gain)
-
-
-# d is the product of these two. It is not formed, because it may overflow where g / d does not.
-
-
-def _root(settings: Settings, state: State) -> Tensor:
-    """sqrt(s) + eps, in the new state."""
-    root: Tensor = state["sum"].sqrt() + settings["eps"]
-    return root
-
-
-def _slowed(settings: Settings, state: State) -> Number:
-    """1 + (t - 1) * lr_decay, in the new state."""
-    slowed: Number = 1 + (state["step"] - 1) * settings["lr_decay"]
-    return slowed
+        step, total = state["step"] + 1, state["sum"] + grad * grad
+        root = total.sqrt() + settings["eps"]
+        slowed = 1 + (step - 1) * settings["lr_decay"]
+        # d is the product of the two. It is not formed, because it may overflow where g / d does
+        # not. Where no gradient was ever seen, nothing moves, although 0/0 is NaN, and there is no
+        # threshold: lr * l1 / eps would set unused weights to zero.
+        direction = torch.where(root == 0, 0.0, grad / root / slowed)
+        gain = torch.where(total == 0, 0.0, 1 / root / slowed)
+        return direction, gain, {"step": step, "sum": total}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_betas, check_number
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizer import FusedOptimizer, Options
 from fusedreg.optimizers.momentum import average
-from fusedreg.reference import Settings, State
-from fusedreg.scalars import Number, pair
+from fusedreg.scalars import Count, pair
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -101,7 +101,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
     """
 
     tensor_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    scalar_states = ("step",)
+    counts = MappingProxyType({"step": Count()})
     late_states = ("max_exp_avg_sq",)
     device_options = ("betas", "eps")
 
@@ -119,20 +119,24 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
         betas = checked_betas(lr, betas, foreach_only=bool(foreach) and not capturable)
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("eps", group["eps"], read_device=read_device)
         check_betas(group["betas"], read_device=read_device)
@@ -145,30 +149,24 @@ class Adam(FusedOptimizer, torch.optim.Adam):  # type: ignore[override]  # a pro
         """Name of this rule in `fusedreg.kernels.device.rules`."""
         return "adam_amsgrad" if group.get("amsgrad") else "adam"
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
         beta1, beta2 = settings["betas"]
-        new: State = {
-            "step": state["step"] + 1,
-            "exp_avg": average(state["exp_avg"], grad, 1 - beta1),
-            # ((1 - beta2) g) g: the square alone overflows sooner.
-            "exp_avg_sq": beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad,
-        }
+        step = state["step"] + 1
+        m = average(state["exp_avg"], grad, 1 - beta1)
+        # ((1 - beta2) g) g: the square alone overflows sooner.
+        v = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
+        new: State = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         if settings.get("amsgrad"):
-            new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], new["exp_avg_sq"])
-        denominator = _denominator(settings, new)
+            v = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v)
+        # The root of each: v / (1 - beta2^t) may overflow where v does not.
+        denominator = v.sqrt() / (1 - beta2**step) ** 0.5 + settings["eps"]
         # The quotient first: m / (1 - beta1^t) may overflow where the direction does not.
-        direction = new["exp_avg"] / denominator / (1 - beta1 ** new["step"])
-        # 0/0: a coordinate that has never seen a gradient does not move.
-        return torch.where(denominator == 0, 0.0, direction), new
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """1 / (sqrt(v_hat) + eps), and 0 where the second moment is 0.
-
-        There the formula would give 1 / eps and wipe out, say, every unused row of an embedding.
-        """
-        unseen = _second_moment(settings, state) == 0
-        return torch.where(unseen, 0.0, 1 / _denominator(settings, state))
+        direction = m / denominator / (1 - beta1**step)
+        # Where no gradient was ever seen, nothing moves, although 0/0 is NaN, and there is no
+        # threshold: lr * l1 / eps would set every unused row of an embedding to zero.
+        direction = torch.where(denominator == 0, 0.0, direction)
+        return direction, torch.where(v == 0, 0.0, 1 / denominator), new
 
 
 def checked_betas(lr: object, betas: Betas, foreach_only: bool) -> Betas:
@@ -178,7 +176,7 @@ def checked_betas(lr: object, betas: Betas, foreach_only: bool) -> Betas:
     """
     if isinstance(lr, Tensor) and foreach_only:
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-    numbers: Any = pair(betas)
+    numbers = pair(betas)
     check_betas(numbers, read_device=True)
     tensors = [isinstance(beta, Tensor) for beta in numbers]
     if any(tensors) and not all(tensors):
@@ -187,19 +185,5 @@ def checked_betas(lr: object, betas: Betas, foreach_only: bool) -> Betas:
         raise ValueError(
             "betas[0] as a Tensor is not supported for capturable=False and foreach=True"
         )
-    checked: Betas = numbers
-    return checked
-
-
-def _second_moment(settings: Settings, state: State) -> Tensor:
-    moment: Tensor = state["max_exp_avg_sq" if settings.get("amsgrad") else "exp_avg_sq"]
-    return moment
-
-
-def _denominator(settings: Settings, state: State) -> Tensor:
-    """sqrt(v_hat) + eps with the bias-corrected second moment of the step."""
-    _, beta2 = settings["betas"]
-    # The root of each: v / (1 - beta2^t) may overflow where v does not.
-    correction = (1 - beta2 ** state["step"]) ** 0.5
-    denominator: Tensor = _second_moment(settings, state).sqrt() / correction + settings["eps"]
-    return denominator
+    first, second = numbers
+    return first, second

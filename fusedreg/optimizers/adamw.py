@@ -7,9 +7,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import named
+from fusedreg.optimizer import Options
 from fusedreg.optimizers.adam import Adam, Betas
 
 
@@ -77,19 +77,24 @@ class AdamW(Adam, torch.optim.AdamW):  # type: ignore[override]  # a property
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = True,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        if not decoupled_weight_decay:
+        if not options.get("decoupled_weight_decay", True):
             raise ValueError(
                 "Invalid decoupled_weight_decay value: False (AdamW is Adam with a decoupled "
                 "decay: use Adam for a coupled one)"
             )
-        super().__init__(params, **named(locals()))
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            **options,
+        )

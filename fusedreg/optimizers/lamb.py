@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from types import MappingProxyType
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizer import FusedOptimizer, Options
 from fusedreg.optimizers.adam import Adam, Betas, checked_betas
 
 
@@ -75,6 +76,7 @@ class LAMB(Adam):
     """
 
     layerwise = True
+    option_defaults = MappingProxyType({"decoupled_weight_decay": True})
 
     def __init__(
         self,
@@ -89,15 +91,18 @@ class LAMB(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = True,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
         betas = checked_betas(lr, betas, foreach_only=bool(foreach) and not capturable)
-        FusedOptimizer.__init__(self, params, named(locals()))  # it has no amsgrad
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        FusedOptimizer.__init__(self, params, defaults, **options)  # it has no amsgrad

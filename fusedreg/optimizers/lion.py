@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_betas
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
+from fusedreg.optimizer import FusedOptimizer, Options
 from fusedreg.optimizers.momentum import average
-from fusedreg.reference import Settings, State
 from fusedreg.scalars import pair
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 
 class Lion(FusedOptimizer):
@@ -82,6 +82,7 @@ class Lion(FusedOptimizer):
 
     tensor_states = ("exp_avg",)
     device_options = ("betas",)
+    option_defaults = MappingProxyType({"decoupled_weight_decay": True, "l1_mode": "decoupled"})
 
     def __init__(
         self,
@@ -95,20 +96,22 @@ class Lion(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = True,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "decoupled",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
         betas = pair(betas)
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_betas(group["betas"], read_device=read_device)
         if group["l1_mode"] == "prox":
@@ -122,9 +125,10 @@ class Lion(FusedOptimizer):
         """Name of this rule in `fusedreg.kernels.device.rules`."""
         return "lion"
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
         beta1, beta2 = settings["betas"]
         mixed = beta1 * state["exp_avg"] + (1 - beta1) * grad
         new = {"exp_avg": average(state["exp_avg"], grad, 1 - beta2)}
-        return torch.where(mixed.isnan(), mixed, mixed.sign()), new
+        # There is no gain, and nothing asks for it: l1_mode="prox" is refused.
+        return torch.where(mixed.isnan(), mixed, mixed.sign()), 1.0, new

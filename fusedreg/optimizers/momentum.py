@@ -7,14 +7,19 @@ told from a step count, because schedules change the momentum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fusedreg.dist import whole
-from fusedreg.scalars import Number, is_zero, wide_dtype
+from fusedreg.formats import Format
+from fusedreg.scalars import Count, Number, is_zero
+from fusedreg.types import Settings
+
+MASS = Count(wide=True, least=-math.inf)
+"""The momentum mass. A dampening above 1 makes it negative."""
 
 
 def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
@@ -34,12 +39,12 @@ def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
     return 2.0 * (base + factor * (half_new - half))
 
 
-def is_thresholded(group: Mapping[str, Any]) -> bool:
+def is_thresholded(group: Settings) -> bool:
     """Whether the momentum mass sets an L1 threshold in this group."""
     return group["l1_mode"] == "prox" and not is_zero(group["l1"])
 
 
-def check_mass_is_finite(group: Mapping[str, Any], *names: str) -> None:
+def check_mass_is_finite(group: Settings, *names: str) -> None:
     """Raise ValueError where the mass sets a threshold and would grow for ever.
 
     Args:
@@ -57,14 +62,19 @@ def check_mass_is_finite(group: Mapping[str, Any], *names: str) -> None:
 
 
 def initial_mass(
-    param: Tensor, buffer: Tensor | None, momentum: Any, dampening: Any = 0.0
+    param: Tensor,
+    storage: Format,
+    buffer: Sequence[Tensor] | None,
+    momentum: Number,
+    dampening: Number = 0.0,
 ) -> Tensor:
-    """A mass of 0, and where there is a `buffer` that has moved, its limit.
+    """A mass of 0, or its limit where there is a `buffer`, stored so, that has moved.
 
     The buffer may be older than the mass, because l1 was turned on later. It counts as warmed up,
     unless it is all zeros, because the first step was skipped.
     """
-    mass = torch.zeros((), dtype=wide_dtype(param.device), device=param.device)
+    mass = MASS.create(param)
     if buffer is None:
         return mass
-    return torch.where(whole(buffer.any()), mass + (1 - dampening) / (1 - momentum), mass)
+    has_moved = whole(storage.load(buffer, torch.float32).any())
+    return torch.where(has_moved, mass + (1 - dampening) / (1 - momentum), mass)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
-from fusedreg.optimizers.momentum import average, check_mass_is_finite, initial_mass, is_thresholded
-from fusedreg.reference import Settings, State
-from fusedreg.scalars import Number, is_zero
+from fusedreg.formats import planes_in
+from fusedreg.optimizer import FusedOptimizer, Options
+from fusedreg.optimizers.momentum import (
+    MASS,
+    average,
+    check_mass_is_finite,
+    initial_mass,
+    is_thresholded,
+)
+from fusedreg.scalars import Count, Number, is_zero
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -93,7 +100,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     tensor_states = ("square_avg", "momentum_buffer", "grad_avg")
-    scalar_states = ("step", "momentum_mass")
+    counts = MappingProxyType({"step": Count(), "momentum_mass": MASS})
     late_states = ("momentum_buffer", "grad_avg", "momentum_mass")
     device_options = ("alpha", "eps", "momentum")
 
@@ -112,19 +119,24 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("eps", group["eps"], read_device=read_device)
         check_number("momentum", group["momentum"], read_device=read_device)
@@ -138,52 +150,38 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create what is missing, and the momentum mass where a threshold needs it."""
-        buffer, momentum = state.get("momentum_buffer"), group["momentum"]
+        momentum, storage = group["momentum"], self.state_format(group, param)
+        buffer = planes_in(storage, state, "momentum_buffer")
         if buffer is None:
             state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
         super().init_state(group, param, state)
         if is_thresholded(group) and not is_zero(momentum) and "momentum_mass" not in state:
-            state["momentum_mass"] = initial_mass(param, buffer, momentum)
+            state["momentum_mass"] = initial_mass(param, storage, buffer, momentum)
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""
         momentum = "" if is_zero(group["momentum"]) else "_momentum"
         return "rmsprop" + ("_centered" if group["centered"] else "") + momentum
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
         alpha, momentum = settings["alpha"], settings["momentum"]
-        new: State = {
-            "step": state["step"] + 1,
-            # ((1 - alpha) g) g: the square alone overflows sooner.
-            "square_avg": alpha * state["square_avg"] + (1 - alpha) * grad * grad,
-        }
+        # ((1 - alpha) g) g: the square alone overflows sooner.
+        v = square = alpha * state["square_avg"] + (1 - alpha) * grad * grad
+        new: State = {"step": state["step"] + 1, "square_avg": v}
         if settings["centered"]:
-            new["grad_avg"] = average(state["grad_avg"], grad, 1 - alpha)
-        denominator = _denominator(settings, new)
-        # 0/0: a coordinate that has never seen a gradient does not move.
+            a = new["grad_avg"] = average(state["grad_avg"], grad, 1 - alpha)
+            # Rounding may leave less than 0 of a gradient that does not change.
+            variance = (v - a * a).clamp(min=0)
+            square = torch.where(v.isinf(), v, variance)  # where a^2 overflows too
+        denominator = square.sqrt() + settings["eps"]
+        # Where no gradient was ever seen, nothing moves, although 0/0 is NaN, and there is no
+        # threshold: lr * l1 / eps would set unused weights to zero.
         direction = torch.where(denominator == 0, 0.0, grad / denominator)
-        if is_zero(momentum):
-            return direction, new
-        if "momentum_mass" in state:
-            new["momentum_mass"] = momentum * state["momentum_mass"] + 1
-        new["momentum_buffer"] = momentum * state["momentum_buffer"] + direction
-        return new["momentum_buffer"], new
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """c / d, and 0 where the mean square is 0: there 1 / eps would wipe out unused weights."""
-        mass: Number = 1.0 if is_zero(settings["momentum"]) else state["momentum_mass"]
-        denominator = _denominator(settings, state)
-        unseen = (state["square_avg"] == 0) | (denominator == 0)
-        return torch.where(unseen, 0.0, mass / denominator)
-
-
-def _denominator(settings: Settings, state: State) -> Tensor:
-    """sqrt(v) + eps, or of the variance where centered."""
-    square = state["square_avg"]
-    if settings["centered"]:
-        # Rounding may leave less than 0 of a gradient that does not change.
-        variance = (square - state["grad_avg"] * state["grad_avg"]).clamp(min=0)
-        square = torch.where(square.isinf(), square, variance)  # where a^2 overflows too
-    denominator: Tensor = square.sqrt() + settings["eps"]
-    return denominator
+        mass: Number = 1.0
+        if not is_zero(momentum):
+            direction = new["momentum_buffer"] = momentum * state["momentum_buffer"] + direction
+            if "momentum_mass" in state:
+                mass = new["momentum_mass"] = momentum * state["momentum_mass"] + 1
+        gain = torch.where((v == 0) | (denominator == 0), 0.0, mass / denominator)
+        return direction, gain, new

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
-from fusedreg.dist import ProcessGroup
-from fusedreg.optimizer import FusedOptimizer, named
-from fusedreg.optimizers.momentum import check_mass_is_finite, initial_mass, is_thresholded
-from fusedreg.reference import Settings, State
+from fusedreg.formats import planes_in
+from fusedreg.optimizer import FusedOptimizer, Options
+from fusedreg.optimizers.momentum import MASS, check_mass_is_finite, initial_mass, is_thresholded
 from fusedreg.scalars import Flag, Number, is_zero
+from fusedreg.types import ParamGroup, Settings, State, Update
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a property
@@ -102,7 +104,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
     """
 
     tensor_states = ("momentum_buffer",)
-    scalar_states = ("momentum_mass",)
+    counts = MappingProxyType({"momentum_mass": MASS})
     late_states = ("momentum_buffer", "momentum_mass")
     device_options = ("momentum", "dampening")
 
@@ -119,19 +121,22 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        lr_independent_decay: bool = False,
-        decay_lr: float | Tensor | None = None,
-        l1: float = 0.0,
-        l1_mode: str = "prox",
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, named(locals()))
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict[str, Any], read_device: bool) -> None:
+    def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_number("momentum", group["momentum"], read_device=read_device)
         dampening = group["dampening"]
@@ -150,7 +155,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create the buffer, and the momentum mass where it is needed."""
         momentum, dampening = group["momentum"], group["dampening"]
-        buffer = state.get("momentum_buffer")
+        storage = self.state_format(group, param)
+        buffer = planes_in(storage, state, "momentum_buffer")
         if buffer is None:
             state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
         super().init_state(group, param, state)
@@ -158,7 +164,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
             return
         # The first gradient enters the buffer undamped; only the mass tells which is the first.
         if is_thresholded(group) or (buffer is None and not is_zero(dampening)):
-            state["momentum_mass"] = initial_mass(param, buffer, momentum, dampening)
+            state["momentum_mass"] = initial_mass(param, storage, buffer, momentum, dampening)
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""
@@ -166,28 +172,23 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
             return "sgd"
         return "sgd_nesterov" if group["nesterov"] else "sgd_momentum"
 
-    def direction(self, settings: Settings, state: State, grad: Tensor) -> tuple[Tensor, State]:
+    def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The update rule; see the class docstring and the base class."""
         momentum, dampening = settings["momentum"], settings["dampening"]
         if is_zero(momentum):
-            return grad, {}
+            return grad, 1.0, {}
         new: State = {}
+        mass: Number = 1.0
         first: Flag = False
         if "momentum_mass" in state:
-            mass = state["momentum_mass"]
-            first = mass == 0
-            new["momentum_mass"] = _select(first, 1.0, momentum * mass + (1 - dampening))
-        damped: Tensor = momentum * state["momentum_buffer"] + (1 - dampening) * grad
+            first = state["momentum_mass"] == 0
+            mass = _select(first, 1.0, momentum * state["momentum_mass"] + (1 - dampening))
+            new["momentum_mass"] = mass
+        damped = momentum * state["momentum_buffer"] + (1 - dampening) * grad
         buffer = new["momentum_buffer"] = _select(first, grad, damped)
-        return (grad + momentum * buffer if settings["nesterov"] else buffer), new
-
-    def gain(self, settings: Settings, state: State) -> Number:
-        """What the momentum makes of a constant gradient of 1, k in the class docstring."""
-        momentum = settings["momentum"]
-        if is_zero(momentum):
-            return 1.0
-        mass: Number = state["momentum_mass"]
-        return 1 + momentum * mass if settings["nesterov"] else mass
+        if settings["nesterov"]:
+            return grad + momentum * buffer, 1 + momentum * mass, new
+        return buffer, mass, new
 
 
 def _select(condition: Flag, chosen: Any, otherwise: Any) -> Any:

@@ -1,1 +1,7 @@
-"""Penalties, one file each."""
+"""The penalties of a step, one file each; see base.py."""
+
+from fusedreg.penalties.base import Penalty, Term, kkt_distance
+from fusedreg.penalties.l1 import L1, L1Options
+from fusedreg.penalties.l2 import L2, L2Options
+
+__all__ = ["L1", "L2", "L1Options", "L2Options", "Penalty", "Term", "kkt_distance"]

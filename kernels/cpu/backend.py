@@ -1,4 +1,4 @@
-"""Norms, rows and step on the host: the interface of ../launch.py, on the threads of torch."""
+"""LLVM's backend: the loops of a step, on the threads of torch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from _thread import start_new_thread
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from itertools import repeat
 from time import sleep
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from fusedreg.kernels import table as tables
+from fusedreg.kernels.contract import Call, DeviceFunction, Program, Rule
+from fusedreg.kernels.cpu.compiler import Loop
 from fusedreg.kernels.cpu.loops import (
     CHUNK,
-    Kind,
     check,
     fold_loop,
     norm_loop,
@@ -26,26 +27,9 @@ from fusedreg.kernels.cpu.loops import (
     squares_loop,
     step_loop,
 )
-from fusedreg.kernels.device import penalties as penalty
-from fusedreg.kernels.device.rules import Rule, known, trust_ratio
-from fusedreg.kernels.layout import HEADER as HEADER_WIDTH
-from fusedreg.kernels.layout import OPTIONS as LINE_WIDTH
-from fusedreg.kernels.layout import ROW as ROW_WIDTH
-from fusedreg.kernels.layout import header, line, penalties, with_lr
-from fusedreg.kernels.table import Call, Table, Walk, constants, move, send
+from fusedreg.kernels.device import penalties, rules
+from fusedreg.kernels.table import Table
 
-__all__ = [
-    "ALIGNMENT", "HEADER", "NAME", "ROW", "Walk", "build", "constants", "header", "line", "move",
-    "norms", "penalties", "rows", "rule_of", "send", "squares", "step", "with_lr",
-]  # fmt: skip
-
-NAME = "llvm"
-ALIGNMENT = 1
-"""Bytes of which a CPU needs addresses to be multiples: any will do."""
-HEADER: int = HEADER_WIDTH.value
-ROW: int = ROW_WIDTH.value
-
-build = partial(tables.build, chunk=CHUNK)
 SHARE = 32768
 """Elements that are worth another thread of OpenMP, which is there already."""
 START = 131072
@@ -68,7 +52,7 @@ def _openmp() -> Any:
     return parallel
 
 
-def on_threads(loop: Any, table: Table, *args: Tensor | int | None) -> Call:
+def on_threads(loop: Loop, table: Table, *args: Tensor | int | None) -> Call:
     """A loop over all chunks on as many threads as torch uses, the caller's among them.
 
     Where that thread is interrupted, as by Ctrl-C, either nothing of the loop has happened or all
@@ -93,7 +77,7 @@ def on_threads(loop: Any, table: Table, *args: Tensor | int | None) -> Call:
     return call
 
 
-def on_caller(loop: Any, *args: Tensor | int | None) -> Call:
+def on_caller(loop: Loop, *args: Tensor | int | None) -> Call:
     """A loop over tensors on the thread that calls."""
     work = _work(*args)
 
@@ -108,12 +92,12 @@ def _work(*args: Tensor | int | None) -> array[int]:
     return array("q", [0, *(arg if isinstance(arg, int) else _address(arg) for arg in args)])
 
 
-def _on_new_threads(others: int, loop: Any, address: int, kept: Any) -> None:
+def _on_new_threads(others: int, loop: Loop, address: int, kept: object) -> None:
     """Do a loop on this thread and `others`, which hold what is `kept` and end before this does."""
     started: list[int] = []
-    ended: list[Any] = []
+    ended: list[None] = []
 
-    def share(kept: Any) -> None:
+    def share(kept: object) -> None:
         loop(address)
         ended.append(None)
 
@@ -127,7 +111,7 @@ def _on_new_threads(others: int, loop: Any, address: int, kept: Any) -> None:
         raise
 
 
-def _finish(loop: Any, address: int, started: Sequence[Any], ended: Sequence[Any]) -> None:
+def _finish(loop: Loop, address: int, started: Sequence[int], ended: Sequence[None]) -> None:
     """Do all chunks that are left and wait for the threads, however often this is interrupted."""
     try:
         loop(address)  # where none is left, it does nothing
@@ -139,133 +123,141 @@ def _finish(loop: Any, address: int, started: Sequence[Any], ended: Sequence[Any
         raise
 
 
-def rule_of(rule: Rule | str, *, states: int, counts: int, line: int) -> Rule:
-    """The device functions of a rule, checked; arguments as in ../launch.py."""
-    found = known(rule, counts)
-    check(found, states, counts, line - LINE_WIDTH.value)
-    return found
-
-
-def norms(
-    table: Table, grads: Tensor, partials: Tensor, first: int, grad: torch.dtype, aligned: bool
-) -> Call:
-    """Writes the norm of every chunk of the gradients; arguments as in ../launch.py."""
-    return on_threads(
-        norm_loop(grad),
-        table,
-        grads,
-        table.numels,
-        table.first_chunks,
-        table.owners,
-        partials,
-        first,
-    )
-
-
-def rows(
-    table: Table,
-    grads: Tensor,
-    numbers: Tensor,
-    out: Tensor,
-    *,
-    rule: Rule,
-    states: int,
-    counts: tuple[torch.dtype, ...],
-    line: int,
-    partials: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    grad_norm: Tensor | None = None,
-    skipped: Tensor | None = None,
-) -> Call:
-    """Writes the row of every tensor, with its new counts; arguments as in ../launch.py."""
-    assert (grad_scale, found_inf) == (None, None), "the host reads them, so `numbers` has them"
-    loop = rows_loop(rule, states, counts, line - LINE_WIDTH.value, partials is not None)
-    return on_caller(
-        loop,
-        table.tensors,
-        table.addresses,
-        grads,
-        table.groups,
-        numbers,
-        out,
-        partials,
-        0 if partials is None else partials.numel(),
-        grad_norm,
-        skipped,
-    )
-
-
-def squares(
-    table: Table, grads: Tensor, rows: Tensor, partials: Tensor, out: Tensor, walk: Walk
-) -> tuple[Call, Call]:
-    """Writes the sums of squares of every tensor and its update; arguments as in ../launch.py."""
-    of_chunks = on_threads(
-        squares_loop(_kind(walk)),
-        table,
-        table.addresses,
-        grads,
-        table.numels,
-        table.first_chunks,
-        table.owners,
-        rows,
-        partials,
-        table.tensors,
-    )
-    of_tensors = on_caller(
-        fold_loop(), table.tensors, table.chunks, partials, table.first_chunks, out
-    )
-    return of_chunks, of_tensors
-
-
-def step(
-    table: Table,
-    grads: Tensor,
-    rows: Tensor,
-    squares: Tensor | None,
-    walk: Walk,
-    *,
-    counts: tuple[torch.dtype, ...],
-    decoupled: bool,
-    prox: bool,
-    shrink: bool,
-) -> Call:
-    """Steps every tensor that has a gradient, and its counts; arguments as in ../launch.py."""
-    loop = step_loop(
-        _kind(walk),
-        counts,
-        penalty.decoupled if decoupled else None,
-        (penalty.shrink if shrink else penalty.prox) if prox else None,
-        None if squares is None else trust_ratio,
-    )
-    return on_threads(
-        loop,
-        table,
-        table.addresses,
-        grads,
-        table.numels,
-        table.first_chunks,
-        table.owners,
-        rows,
-        squares,
-        table.tensors,
-    )
-
-
-def _kind(walk: Walk) -> Kind:
-    """What the loops over elements are compiled for."""
-    return Kind(
-        walk.rule,
-        walk.states,
-        penalty.l1_subgradient if walk.subgradient else None,
-        penalty.coupled if walk.coupled else None,
-        walk.scaled,
-        walk.param,
-        walk.grad,
-        walk.state,
-    )
-
-
 def _address(value: Tensor | None) -> int:
     """Where a tensor is, 0 for none."""
     return 0 if value is None else value.data_ptr()
+
+
+@final
+class LLVM:
+    """LLVM's kernels, on a CPU; see contract.Backend, which documents the methods."""
+
+    name = "llvm"
+    alignment = 1
+
+    def rule(self, rule: Rule | str, *, states: int, counts: int, options: int) -> Rule:
+        """The device functions of a rule, checked."""
+        found = rules.named(rule)
+        check(found, states, counts, options)
+        return found
+
+    def hook(self, function: DeviceFunction | str) -> DeviceFunction:
+        """The device function of a penalty."""
+        return penalties.named(function)
+
+    def build(
+        self,
+        addresses: Sequence[Sequence[int]],
+        numels: Sequence[int],
+        groups: Sequence[int],
+        device: torch.device,
+    ) -> Table:
+        """The table of some tensors."""
+        return tables.build(addresses, numels, groups, device, CHUNK)
+
+    def norms(
+        self, program: Program, table: Table, grads: Tensor, partials: Tensor, first: int
+    ) -> Call:
+        """Writes the norm of every chunk of the gradients."""
+        return on_threads(
+            norm_loop(program.grad),
+            table,
+            grads,
+            table.numels,
+            table.first_chunks,
+            table.owners,
+            partials,
+            first,
+        )
+
+    def rows(
+        self,
+        program: Program,
+        table: Table,
+        grads: Tensor,
+        numbers: Tensor,
+        out: Tensor,
+        *,
+        partials: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        grad_norm: Tensor | None = None,
+        skipped: Tensor | None = None,
+    ) -> Call:
+        """Writes the row of every tensor, with its new counts, which `step` stores."""
+        assert (grad_scale, found_inf) == (None, None), "the host reads them, so `numbers` has them"
+        return on_caller(
+            rows_loop(program, partials is not None),
+            table.tensors,
+            table.addresses,
+            grads,
+            table.groups,
+            numbers,
+            out,
+            partials,
+            0 if partials is None else partials.numel(),
+            grad_norm,
+            skipped,
+        )
+
+    def squares(
+        self,
+        program: Program,
+        table: Table,
+        grads: Tensor,
+        numbers: Tensor,
+        rows: Tensor,
+        partials: Tensor,
+        out: Tensor,
+        *,
+        scaled: bool,
+    ) -> list[Call]:
+        """Writes the sums of squares of every tensor and of its update; changes nothing else."""
+        of_chunks = on_threads(
+            squares_loop(program, scaled),
+            table,
+            table.addresses,
+            grads,
+            table.numels,
+            table.groups,
+            table.first_chunks,
+            table.owners,
+            numbers,
+            rows,
+            partials,
+            table.tensors,
+        )
+        of_tensors = on_caller(
+            fold_loop(), table.tensors, table.chunks, partials, table.first_chunks, out
+        )
+        return [of_chunks, of_tensors]
+
+    def step(
+        self,
+        program: Program,
+        table: Table,
+        grads: Tensor,
+        numbers: Tensor,
+        rows: Tensor,
+        squares: Tensor | None,
+        *,
+        scaled: bool,
+    ) -> Call:
+        """Steps every tensor that has a gradient, and its counts with it."""
+        return on_threads(
+            step_loop(program, scaled),
+            table,
+            table.addresses,
+            grads,
+            table.numels,
+            table.groups,
+            table.first_chunks,
+            table.owners,
+            numbers,
+            rows,
+            squares,
+            table.tensors,
+        )
+
+
+BACKEND = LLVM()

@@ -5,65 +5,81 @@ from __future__ import annotations
 import ctypes
 import dis
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import CellType, FunctionType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from fusedreg.kernels.contract import DeviceFunction
 from fusedreg.kernels.cpu import language
 from fusedreg.kernels.cpu.store import stored
 from fusedreg.kernels.cpu.values import INT64, Value
 from fusedreg.kernels.device.language import tl
 
+if TYPE_CHECKING:
+    from ctypes import _CFunctionType
+
+Loop: TypeAlias = "_CFunctionType"
+"""A compiled function of one address."""
+
 RULES = "fusedreg.kernels.device.rules"
 
 
 @cache
-def device(function: Any) -> Callable[..., Any]:
-    """A function of rules.py, of penalty.py or of a user's module, to be called with values.
+def device(function: DeviceFunction) -> Callable[..., Any]:
+    """A device function of the package or of a user's module, to be called with values.
 
     It is the same code with other globals: `tl` stands for language.py, a device function for what
     this makes of it, and one of rules.py that language.py has too, like `divide`, which is about
     registers of a GPU, for that. A function of that name in another module is another function.
     """
     source = function.fn
+    of = partial(_on_host, source.__qualname__)
     loaded = {
         instruction.argval
         for instruction in dis.get_instructions(source.__code__)
         if instruction.opname == "LOAD_GLOBAL"
     }
-    names = {
-        name: _on_host(source.__globals__[name]) for name in loaded & source.__globals__.keys()
-    }
-    closure = tuple(CellType(_on_host(cell.cell_contents)) for cell in source.__closure__ or ())
+    names = {name: of(source.__globals__[name]) for name in loaded & source.__globals__.keys()}
+    closure = tuple(CellType(of(cell.cell_contents)) for cell in source.__closure__ or ())
     made = FunctionType(source.__code__, names, source.__name__, source.__defaults__, closure)
     made.__kwdefaults__ = source.__kwdefaults__
     return made
 
 
 class _Module:
-    """A module as device code of the host sees it."""
+    """A module as device code of the host sees it, in the function called `user`."""
 
-    def __init__(self, module: ModuleType | SimpleNamespace) -> None:
-        self.module = module
+    def __init__(self, user: str, module: ModuleType | SimpleNamespace) -> None:
+        self.user, self.module = user, module
 
     def __getattr__(self, name: str) -> Any:
-        return _on_host(getattr(self.module, name))
+        if self.module is tl:
+            return _word(self.user, name)
+        return _on_host(self.user, getattr(self.module, name))
 
 
-def _on_host(value: Any) -> Any:
-    """What stands for a global of device code."""
-    if value is tl:
-        return language
+def _word(user: str, name: str) -> Any:
+    """A word of triton's language as a CPU means it."""
+    if name not in language.WORDS:
+        raise AttributeError(
+            f"{user} calls tl.{name}, but device code of a CPU has no such word (it has: "
+            f"{', '.join(language.WORDS)}): fused=False steps without it"
+        )
+    return getattr(language, name)
+
+
+def _on_host(user: str, value: Any) -> Any:
+    """What stands for a global of device code in the function called `user`."""
     if isinstance(value, (ModuleType, SimpleNamespace)):  # the latter where triton is missing
-        return _Module(value)
+        return _Module(user, value)
     if isinstance(value, tl.constexpr):
         return value.value
     if (getattr(value, "__module__", None) or "").startswith("triton.language"):
-        return getattr(language, getattr(value, "__name__", str(value)))
+        return _word(user, getattr(value, "__name__", str(value)))
     if not hasattr(value, "fn"):
         return value
     name = value.fn.__name__ if value.fn.__module__ == RULES else ""
@@ -111,7 +127,7 @@ def optimised(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
     return parsed
 
 
-def built(function: Callable[[Value], None]) -> Any:
+def built(function: Callable[[Value], None]) -> Loop:
     """The function for ctypes, which lets go of the interpreter's lock when it is called.
 
     It is written in every process, which takes a millisecond or two, and compiled where no file has
@@ -125,6 +141,6 @@ def built(function: Callable[[Value], None]) -> Any:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     address = engine.get_function_address(function.__name__)
-    entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
-    entry.engine = engine  # whose memory the code is in
+    entry = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
+    entry.engine = engine  # type: ignore[attr-defined]  # whose memory the code is in
     return entry

@@ -1,13 +1,30 @@
-"""What rules and penalties call, on values of the host; names as in triton and rules.py."""
+"""What rules and penalties call, on values of the host; names as in triton and rules.py.
+
+Every word takes Python numbers too, and only where all its arguments are Python numbers is what it
+returns one.
+"""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
-from typing import Any
 
-from fusedreg.kernels.cpu.values import Operand, Value
+from fusedreg.kernels.cpu.values import (
+    DOUBLE,
+    FLOAT,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    Operand,
+    Value,
+    intrinsic,
+    select,
+)
 
 PropagateNan = SimpleNamespace(ALL=None)  # a maximum with a NaN is always one here
+float64, float32, int64, int32, int16, int8 = DOUBLE, FLOAT, INT64, INT32, INT16, INT8
+tensor = Value
 
 
 def constexpr(value: float) -> float:
@@ -15,52 +32,60 @@ def constexpr(value: float) -> float:
     return value
 
 
-def where(condition: Value, chosen: Operand, otherwise: Operand) -> Value:
+def where(condition: Value | bool, chosen: Operand, otherwise: Operand) -> Operand:
     """`chosen` where `condition` holds, else `otherwise`."""
-    of = chosen if isinstance(chosen, Value) else otherwise
-    if not isinstance(of, Value):
-        raise TypeError(
-            "one of the two that tl.where chooses from must be computed: it has a dtype"
-        )
-    builder = condition.builder
-    return Value(builder, builder.select(condition.ir, of.like(chosen).ir, of.like(otherwise).ir))
+    if not isinstance(condition, Value):
+        return chosen if condition else otherwise
+    return select(condition, chosen, otherwise)
 
 
-def maximum(a: Value, b: Value, propagate_nan: None = None) -> Value:
+def maximum(a: Operand, b: Operand, propagate_nan: None = None) -> Operand:
     """The larger of two numbers, and a NaN where either is one."""
     return where((a > b) | (a != a), a, b)  # true of NaN only
 
 
-def divide(a: Value, b: Operand) -> Value:
+def minimum(a: Operand, b: Operand, propagate_nan: None = None) -> Operand:
+    """The smaller of two numbers, and a NaN where either is one."""
+    return where((a < b) | (a != a), a, b)
+
+
+def divide(a: Operand, b: Operand) -> Operand:
     """IEEE division."""
     return a / b
 
 
-def reciprocal(x: Value) -> Value:
+def reciprocal(x: Operand) -> Operand:
     """1 / x."""
     return 1.0 / x
 
 
-def square_root(x: Value) -> Value:
+def square_root(x: Operand) -> Operand:
     """IEEE square root."""
-    return _intrinsic("sqrt", x)
+    return intrinsic("sqrt", x) if isinstance(x, Value) else math.sqrt(x)
 
 
-def power(base: Value, exponent: Value) -> Value:
+sqrt = square_root
+
+
+def power(base: Operand, exponent: Operand) -> Operand:
     """base ** exponent, by the host's libm."""
-    return _intrinsic("pow", base, exponent)
+    if isinstance(base, Value):
+        return intrinsic("pow", base, base.like(exponent))
+    if isinstance(exponent, Value):
+        return intrinsic("pow", exponent.like(base), exponent)
+    return math.pow(base, exponent)
 
 
-def absolute(x: Value) -> Value:
+def absolute(x: Operand) -> Operand:
     """|x|."""
-    return _intrinsic("fabs", x)
+    return intrinsic("fabs", x) if isinstance(x, Value) else math.fabs(x)
 
 
-def __getattr__(name: str) -> Any:
-    raise AttributeError(f"device code of a CPU has no tl.{name}: fused=False steps without it")
+abs = absolute
 
 
-def _intrinsic(name: str, *values: Value) -> Value:
-    builder = values[0].builder
-    function = builder.module.declare_intrinsic(f"llvm.{name}", [values[0].ir.type])
-    return Value(builder, builder.call(function, [value.ir for value in values]))
+WORDS = (
+    "PropagateNan", "abs", "constexpr", "float32", "float64", "int16", "int32", "int64", "int8",
+    "maximum", "minimum", "sqrt", "tensor", "where",
+)  # fmt: skip
+"""Triton's words that are here. Those of rules.py, like `divide`, are called by their own name."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 
-from fusedreg.kernels.cpu.compiler import built, device, written
-from fusedreg.kernels.cpu.language import absolute, square_root, where
+from fusedreg.kernels.contract import SLOTS, DeviceFunction, Program, Rule
+from fusedreg.kernels.cpu.compiler import Loop, built, device, written
 from fusedreg.kernels.cpu.values import (
     DOUBLE,
     FLOAT,
@@ -23,34 +22,13 @@ from fusedreg.kernels.cpu.values import (
     Value,
     Variable,
     count,
+    intrinsic,
     repeat,
+    select,
     when,
 )
-from fusedreg.kernels.layout import (
-    ACTIVE,
-    COUPLED,
-    DECAY_LR,
-    DECOUPLED,
-    HEADER,
-    LR,
-    MAX_NORM,
-    OPTIONS,
-    PROX,
-    ROW,
-    ROW_DECAY,
-    ROW_L1,
-    ROW_L2,
-    ROW_LR,
-    ROW_RULE,
-    ROW_SCALE,
-    ROW_THRESHOLD,
-    SCALE,
-    SHRINK,
-    SIGN,
-    SKIP,
-    SKIP_NONFINITE,
-    SUBGRADIENT,
-)
+from fusedreg.kernels.device import step as device_step
+from fusedreg.kernels.layout import GROUP, HEADER, ROW
 
 CHUNK = 65536
 """Elements of one chunk: many, because each starts its vectors and its norm anew."""
@@ -80,7 +58,7 @@ def _bounds(chunk: Value, tensor: Value, numels: Value, first_chunks: Value) -> 
     """The first element of a chunk and the one after its last."""
     begin = (chunk - Pointer(first_chunks, torch.int32)[tensor]) * CHUNK
     numel = Pointer(numels, torch.int64)[tensor]
-    return begin, where(begin + CHUNK < numel, begin + CHUNK, numel)
+    return begin, select(begin + CHUNK < numel, begin + CHUNK, numel)
 
 
 # ---- norms ---------------------------------------------------------------------------------------
@@ -92,26 +70,26 @@ def _norm(elements: Pointer, begin: Value, end: Value, wide: bool) -> Value:
     with count(begin, end) as i:
         g = elements[i].to(DOUBLE)
         squares.add_in_any_order(g * g)
-    norm = Variable(square_root(squares.get()))
+    norm = Variable(intrinsic("sqrt", squares.get()))
     if wide:
         # No relation holds for a NaN, which stays one.
         with when((squares.get() < SMALL) | (squares.get() == INFINITY)):
             largest = Variable(begin.constant(TINY))
             with count(begin, end) as i:
-                g = absolute(elements[i])
-                largest.set(where(g > largest.get(), g, largest.get()))
+                g = intrinsic("fabs", elements[i])
+                largest.set(select(g > largest.get(), g, largest.get()))
             # The limits keep 0/0 and inf/inf out and let an infinite element through to the norm.
-            scale = where(largest.get() > LARGEST, LARGEST, largest.get())
+            scale = select(largest.get() > LARGEST, LARGEST, largest.get())
             ratios = Variable(begin.constant(0.0))
             with count(begin, end) as i:
                 ratio = elements[i] / scale
                 ratios.set(ratios.get() + ratio * ratio)
-            norm.set(scale * square_root(ratios.get()))
+            norm.set(scale * intrinsic("sqrt", ratios.get()))
     return norm.get()
 
 
 @cache
-def norm_loop(grad: torch.dtype) -> Any:
+def norm_loop(grad: torch.dtype) -> Loop:
     """Writes the norm of each chunk; 0 where there is no gradient."""
 
     def norms(work: Value) -> None:
@@ -133,7 +111,7 @@ def norm_loop(grad: torch.dtype) -> Any:
 
 
 @cache
-def check(rule: Any, states: int, counts: int, options: int) -> None:
+def check(rule: Rule, states: int, counts: int, options: int) -> None:
     """Raise where a rule does not return what its optimizer says, or cannot be compiled."""
 
     def run(work: Value) -> None:
@@ -147,14 +125,16 @@ def check(rule: Any, states: int, counts: int, options: int) -> None:
     written(run)
 
 
-def _returned(function: Any, *args: Any) -> tuple[Any, Any, Any]:
+def _returned(function: DeviceFunction, *args: object) -> tuple[object, object, object]:
     returned = device(function)(*args)
     if not (isinstance(returned, tuple) and len(returned) == 3):
         raise TypeError(f"{function.fn.__name__} does not return three things: see rules.py")
     return returned
 
 
-def _check_length(function: Any, what: str, found: Any, expected: int, by: str) -> None:
+def _check_length(
+    function: DeviceFunction, what: str, found: object, expected: int, by: str
+) -> None:
     if not isinstance(found, tuple) or len(found) != expected:
         number = len(found) if isinstance(found, tuple) else "no tuple of"
         raise ValueError(
@@ -162,12 +142,12 @@ def _check_length(function: Any, what: str, found: Any, expected: int, by: str) 
         )
 
 
-def _places(
-    addresses: Value, tensors: Value, tensor: Value, states: int, counts: int
+def _addresses_of_counts(
+    addresses: Value, tensors: Value, tensor: Value, first_slot: int, counts: int
 ) -> list[Value]:
-    """Where the counts of a tensor are, 0 for one that it has not."""
+    """Where the counts of a tensor are, 0 for one that it does not have."""
     slots = Pointer(addresses, torch.int64)
-    return [slots[tensors * (1 + states + i) + tensor] for i in range(counts)]
+    return [slots[tensors * (first_slot + i) + tensor] for i in range(counts)]
 
 
 def _count(address: Value, dtype: torch.dtype) -> Value:
@@ -178,30 +158,44 @@ def _count(address: Value, dtype: torch.dtype) -> Value:
     return count.get()
 
 
-@cache
-def rows_loop(
-    rule: Any, states: int, counts: tuple[torch.dtype, ...], options: int, norm: bool
-) -> Any:
-    """Writes the row of every tensor, with its new counts; see launch.py for the arguments.
+def _line(groups: Value, tensor: Value, width: int) -> Value:
+    """Where the numbers of a tensor's param group begin."""
+    return Pointer(groups, torch.int32)[tensor] * width + len(HEADER)
+
+
+def rows_loop(program: Program, norm: bool) -> Loop:
+    """Writes the row of every tensor, with its new counts; see contract.py for the arguments.
 
     The address of what is not given is 0.
     """
+    p = program
+    return _rows_loop(p.rule, p.row, p.first_count, p.counts, p.first_option, p.line, norm)
+
+
+@cache
+def _rows_loop(
+    rule: Rule,
+    width: int,
+    first_count: int,
+    count_dtypes: tuple[torch.dtype, ...],
+    first_option: int,
+    line_width: int,
+    norm: bool,
+) -> Loop:
+    """The same of what the code depends on, which several programs share."""
 
     def rows(work: Value) -> None:
         (
             tensors, addresses, grads, groups, numbers, rows, partials, parts, grad_norm, skipped,
         ) = _numbers(work, 10)  # fmt: skip
         sent = Pointer(numbers, torch.float64)
-        scale, skip = sent[SCALE.value], sent[SKIP.value] != 0.0
+        scale, skip = sent[HEADER.scale], sent[HEADER.skip] != 0.0
         first = tensors.like(0)
         if norm:
             total = _norm(Pointer(partials, torch.float64), first, parts, wide=True) * scale
-            nonfinite = (total != total) | (total == INFINITY)  # NaN or inf
-            skip = skip | ((sent[SKIP_NONFINITE.value] != 0.0) & nonfinite)
-            max_norm = sent[MAX_NORM.value]
-            factor = max_norm / (total + 1e-6)
-            factor = where(factor > 1.0, 1.0, factor)  # a NaN stays one
-            scale = where(max_norm < INFINITY, scale * factor, scale)
+            nonfinite = device(device_step.is_nonfinite)(total)
+            skip = skip | ((sent[HEADER.skip_nonfinite] != 0.0) & nonfinite)
+            scale = device(device_step.clipped)(scale, total, sent[HEADER.max_norm])
             with when(grad_norm != 0):
                 Pointer(grad_norm, torch.float32)[0] = total
         with when(skip & (skipped != 0)):
@@ -210,28 +204,20 @@ def rows_loop(
 
         with count(first, tensors) as tensor:
             active = (skip == 0) & (Pointer(grads, torch.int64)[tensor] != 0)
-            line = Pointer(groups, torch.int32)[tensor] * (OPTIONS.value + options) + HEADER.value
-            places = _places(addresses, tensors, tensor, states, len(counts))
-            old = tuple(map(_count, places, counts))
-            own = tuple(sent[line + OPTIONS.value + i] for i in range(options))
-            gain, scalars, new = device(rule.scalars)(own, old)
-
-            lr = sent[line + LR.value]
-            threshold = lr * sent[line + PROX.value] * gain + lr * sent[line + SHRINK.value]
-            row = {
-                ACTIVE: where(active, work.constant(1.0), 0.0),
-                ROW_SCALE: sent[line + SIGN.value] * scale,
-                ROW_LR: lr,
-                ROW_L1: sent[line + SUBGRADIENT.value],
-                ROW_L2: sent[line + COUPLED.value],
-                ROW_DECAY: sent[line + DECOUPLED.value] / sent[line + DECAY_LR.value],
-                ROW_THRESHOLD: threshold,
-            }
-            out, start = Pointer(rows, torch.float64), tensor * ROW.value
-            for column, number in row.items():
-                out[start + column.value] = number
-            for i, number in enumerate((*scalars, *new)):
-                out[start + ROW_RULE.value + i] = lr.like(number)
+            line = _line(groups, tensor, line_width)
+            options = tuple(sent[line + i] for i in range(first_option, line_width))
+            at = _addresses_of_counts(addresses, tensors, tensor, first_count, len(count_dtypes))
+            record, scalars, new = device(device_step.row)(
+                select(active, work.constant(1.0), 0.0),
+                scale,
+                sent[line + GROUP.sign],
+                options,
+                tuple(map(_count, at, count_dtypes)),
+                device(rule.scalars),
+            )
+            out = Pointer(rows, torch.float64)
+            for i, number in enumerate((*record, *scalars, *new)):
+                out[tensor * width + i] = scale.like(number)
 
     return built(rows)
 
@@ -239,141 +225,166 @@ def rows_loop(
 # ---- steps ---------------------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
-    """What a loop over elements is compiled for."""
-
-    rule: Any
-    states: int
-    subgradient: Any
-    """A device function or None, like `coupled`."""
-    coupled: Any
-    scaled: bool
-    param: torch.dtype
-    grad: torch.dtype
-    state: torch.dtype
-
-    @property
-    def compute(self) -> Any:
-        """The type of the arithmetic."""
-        return DOUBLE if self.param == torch.float64 else FLOAT
-
-
 class Elements:
     """The elements of one tensor: what they move along, and where that is stored."""
 
     def __init__(
         self,
-        kind: Kind,
-        addresses: Value,
-        grads: Value,
-        row: Pointer,
+        program: Program,
+        scaled: bool,
+        table: tuple[Value, ...],
         tensor: Value,
-        tensors: Value,
     ) -> None:
+        addresses, grads, groups, numbers, rows, tensors = table
         slots = Pointer(addresses, torch.int64)
-        self.kind, self.start, self.row = kind, tensor * ROW.value, row
-        self.params = Pointer(slots[tensor], kind.param)
-        self.grads = Pointer(Pointer(grads, torch.int64)[tensor], kind.grad)
-        self.states = [
-            Pointer(slots[tensors * (i + 1) + tensor], kind.state) for i in range(kind.states)
+        self.program, self.scaled = program, scaled
+        self.compute = DOUBLE if program.param == torch.float64 else FLOAT
+        self.params = Pointer(slots[tensor], program.param)
+        self.grads = Pointer(Pointer(grads, torch.int64)[tensor], program.grad)
+        planes = [plane for _ in range(program.states) for plane in program.planes]
+        self.planes = [
+            Pointer(slots[tensors * (i + 1) + tensor], plane) for i, plane in enumerate(planes)
         ]
-        self.scale, self.l1, self.l2 = map(self.number, (ROW_SCALE, ROW_L1, ROW_L2))
+        row, first = Pointer(rows, torch.float64), tensor * program.row
+        self.row = [row[first + i] for i in range(program.row)]
         self.scalars = tuple(
-            row[self.start + ROW_RULE.value + i].to(kind.compute) for i in range(kind.rule.width)
+            scalar.to(self.compute) for scalar in self.row[len(ROW) : len(ROW) + program.rule.width]
         )
+        sent, line = Pointer(numbers, torch.float64), _line(groups, tensor, program.line)
+        self.lr = sent[line + GROUP.lr]
+        # Of a slot that is free there are no numbers, and its hook is None.
+        slots_ = {stage: program.slots(stage) for stage in SLOTS}
+        self.hooks = {
+            stage: [None if one is None else device(one.function) for one in slots_[stage]]
+            for stage in SLOTS
+        }
+        self.numbers = {
+            stage: [
+                () if one is None else tuple(sent[line + one.first + i] for i in range(one.width))
+                for one in slots_[stage]
+            ]
+            for stage in SLOTS
+        }
 
-    def number(self, column: Any) -> Value:
-        """A number of the tensor's row."""
-        return self.row[self.start + column.value]
-
-    def direction(self, i: Value) -> tuple[Value, Value, Any, tuple[Value, ...]]:
+    def direction(self, i: Value) -> tuple[Value, Value, Value, tuple[Value, ...]]:
         """What one element moves along: w, direction, gain and new states."""
-        compute, kind = self.kind.compute, self.kind
-        w, g = self.params[i].to(compute), self.grads[i]
-        if kind.scaled:
-            # In float64: a float32 factor below 1.2e-38 would be subnormal.
-            g = (g.to(DOUBLE) * self.scale).to(compute)
-        else:
-            g = g.to(compute) * self.scale.to(compute)  # 1, or -1 to maximize
-        if kind.subgradient is not None:
-            g = device(kind.subgradient)(g, w, self.l1.to(compute))
-        if kind.coupled is not None:
-            g = device(kind.coupled)(g, w, self.l2.to(compute))
-        old = tuple(state[i].to(compute) for state in self.states)
-        return w, *device(kind.rule.tile)(g, old, self.scalars)
+        w = self.params[i].to(self.compute)
+        scale = self.row[ROW.scale]
+        g = device(device_step.loss_gradient)(self.grads[i], scale, self.scaled, self.compute)
+        g = device(device_step.penalised)(g, w, *self.numbers["gradient"], *self.hooks["gradient"])
+        old = tuple(self._state(k, i) for k in range(self.program.states))
+        return w, *device(self.program.rule.tile)(g, old, self.scalars)
+
+    def _planes(self, state: int) -> list[Pointer]:
+        size = len(self.program.planes)
+        return self.planes[state * size : (state + 1) * size]
+
+    def _state(self, state: int, i: Value) -> Value:
+        """One state of one element."""
+        stored = tuple(plane[i] for plane in self._planes(state))
+        codec = self.program.codec
+        value = stored[0] if codec is None else device(codec.decode)(stored, state)
+        widened: Value = value.to(self.compute)
+        return widened
+
+    def store_state(self, state: int, i: Value, value: Value) -> None:
+        """Store it, rounded once."""
+        codec = self.program.codec
+        stored = (value,) if codec is None else device(codec.encode)(value, state)
+        for plane, number in zip(self._planes(state), stored, strict=True):
+            plane[i] = number
+
+    def moved(self, w: Value, direction: Value, gain: Value, rate: Value) -> Value:
+        """The parameter after the step."""
+        after: Value = device(device_step.moved)(
+            w, direction, gain, rate, self.row[ROW.gain],
+            *self.numbers["decay"], *self.numbers["prox"],
+            *self.hooks["decay"], *self.hooks["prox"],
+        )  # fmt: skip
+        return after
+
+    def update(self, w: Value, direction: Value) -> Value:
+        """What the rate multiplies."""
+        update: Value = device(device_step.update_of)(
+            w, direction, *self.numbers["decay"], *self.hooks["decay"]
+        )
+        return update
 
 
 @cache
-def step_loop(
-    kind: Kind, counts: tuple[torch.dtype, ...], decoupled: Any, prox: Any, trust: Any
-) -> Any:
-    """Steps every chunk of the tensors that have a gradient; see launch.py for the arguments.
+def step_loop(program: Program, scaled: bool) -> Loop:
+    """Steps every chunk of the tensors that have a gradient; see contract.py for the arguments.
 
-    Whoever takes the first chunk of a tensor stores its counts.
+    The thread that takes the first chunk of a tensor stores its counts.
     """
-    compute = kind.compute
 
     def step(work: Value) -> None:
-        numbers = _numbers(work, 9)
-        chunks, addresses, grads, numels, first_chunks, owners, rows, squares, tensors = numbers
+        (
+            chunks, addresses, grads, numels, groups, first_chunks, owners, numbers, rows, squares,
+            tensors,
+        ) = _numbers(work, 11)  # fmt: skip
         with _each_chunk(work, chunks) as chunk:
             tensor = Pointer(owners, torch.int32)[chunk]
-            row = Pointer(rows, torch.float64)
-            with when(row[tensor * ROW.value + ACTIVE.value] != 0.0):
+            with when(_is_active(program, rows, tensor)):
                 begin, end = _bounds(chunk, tensor, numels, first_chunks)
-                elements = Elements(kind, addresses, grads, row, tensor, tensors)
-                lr, decay, threshold = map(elements.number, (ROW_LR, ROW_DECAY, ROW_THRESHOLD))
-                rate = lr
-                if trust is not None:
+                table = (addresses, grads, groups, numbers, rows, tensors)
+                elements = Elements(program, scaled, table, tensor)
+                rate = elements.lr
+                if program.layerwise:
                     sums = Pointer(squares, torch.float64)
-                    ratio = device(trust)(sums[tensor * 2], sums[tensor * 2 + 1])
-                    rate, threshold = lr * ratio, threshold * ratio
-                keep, rate = (1.0 - rate * decay).to(compute), rate.to(compute)
-                lr, threshold = lr.to(compute), threshold.to(compute)
+                    trust = device(device_step.trust_ratio)
+                    rate = rate * trust(sums[tensor * 2], sums[tensor * 2 + 1])
+                moves = elements.lr.to(elements.compute) != 0.0
 
                 with count(begin, end) as i:
                     w, direction, gain, new = elements.direction(i)
-                    if decoupled is not None:
-                        w = device(decoupled)(w, keep)
-                    w = w - rate * direction
-                    if prox is not None:
-                        w = device(prox)(w, threshold, gain)
-                    with when(lr != 0.0):  # lr = 0 must leave every bit, of -0.0 and inf too
+                    w = elements.moved(w, direction, gain, rate)
+                    with when(moves):  # lr = 0 must leave every bit, of -0.0 and inf too
                         elements.params[i] = w
-                    for state, number in zip(elements.states, new, strict=True):
-                        state[i] = number
+                    for k, value in enumerate(new):
+                        elements.store_state(k, i, value)
 
                 with when(begin == 0):
-                    places = _places(addresses, tensors, tensor, kind.states, len(counts))
-                    first = elements.start + ROW_RULE.value + kind.rule.width
-                    for i, (place, dtype) in enumerate(zip(places, counts, strict=True)):
-                        with when(place != 0):
-                            Pointer(place, dtype)[0] = row[first + i]
+                    at = _addresses_of_counts(
+                        addresses, tensors, tensor, program.first_count, len(program.counts)
+                    )
+                    counts = elements.row[len(ROW) + program.rule.width :]
+                    for address, dtype, number in zip(at, program.counts, counts, strict=True):
+                        with when(address != 0):
+                            Pointer(address, dtype)[0] = number
 
     return built(step)
+
+
+def _is_active(program: Program, rows: Value, tensor: Value) -> Value:
+    """Whether a tensor moves in this step."""
+    active: Value = Pointer(rows, torch.float64)[tensor * program.row + ROW.active] != 0.0
+    return active
 
 
 # ---- layerwise -----------------------------------------------------------------------------------
 
 
 @cache
-def squares_loop(kind: Kind) -> Any:
+def squares_loop(program: Program, scaled: bool) -> Loop:
     """Writes the sums of squares of each chunk of w and of its update; 0 where nothing moves."""
 
     def squares(work: Value) -> None:
-        numbers = _numbers(work, 9)
-        chunks, addresses, grads, numels, first_chunks, owners, rows, partials, tensors = numbers
+        (
+            chunks, addresses, grads, numels, groups, first_chunks, owners, numbers, rows, partials,
+            tensors,
+        ) = _numbers(work, 11)  # fmt: skip
         with _each_chunk(work, chunks) as chunk:
             tensor = Pointer(owners, torch.int32)[chunk]
-            row, out = Pointer(rows, torch.float64), Pointer(partials, torch.float64)
+            out = Pointer(partials, torch.float64)
             sums = [Variable(work.constant(0.0)) for _ in range(2)]
-            with when(row[tensor * ROW.value + ACTIVE.value] != 0.0):
+            with when(_is_active(program, rows, tensor)):
                 begin, end = _bounds(chunk, tensor, numels, first_chunks)
-                elements = Elements(kind, addresses, grads, row, tensor, tensors)
-                decay = elements.number(ROW_DECAY).to(kind.compute)
+                table = (addresses, grads, groups, numbers, rows, tensors)
+                elements = Elements(program, scaled, table, tensor)
                 with count(begin, end) as i:
                     w, direction, _, _ = elements.direction(i)
-                    update = direction + decay * w
+                    update = elements.update(w, direction)
                     for total, x in zip(sums, (w.to(DOUBLE), update.to(DOUBLE)), strict=True):
                         total.add_in_any_order(x * x)
             for k, total in enumerate(sums):
@@ -383,7 +394,7 @@ def squares_loop(kind: Kind) -> Any:
 
 
 @cache
-def fold_loop() -> Any:
+def fold_loop() -> Loop:
     """Writes the sums over the chunks of each tensor, in their order."""
 
     def fold(work: Value) -> None:

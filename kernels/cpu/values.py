@@ -14,17 +14,22 @@ from typing import Any, NamedTuple, TypeAlias, Union
 import torch
 from llvmlite import ir
 
-BOOL, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+BOOL, INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 Operand: TypeAlias = Union["Value", float]
 
 
 class Value:
-    """A number of the compiled code: float, double, int64 or a condition."""
+    """A number of the compiled code: float, double, an integer or a condition."""
 
     def __init__(self, builder: ir.IRBuilder, ir_value: ir.Value) -> None:
         self.builder, self.ir = builder, ir_value
+
+    @property
+    def dtype(self) -> ir.Type:
+        """Its type, as `to` takes it."""
+        return self.ir.type
 
     def like(self, other: Operand) -> Value:
         """A Python number as a constant of the same type; a value as it is."""
@@ -40,11 +45,24 @@ class Value:
         """A float64 of the same function."""
         return Value(self.builder, ir.Constant(DOUBLE, number))
 
-    def to(self, target: ir.Type) -> Value:
-        """Between float and double."""
-        if self.ir.type == target:
+    def to(self, target: ir.Type, bitcast: bool = False) -> Value:
+        """The number in another type, or the number that has the same bits there."""
+        source = self.ir.type
+        if source == target:
             return self
-        cast = self.builder.fpext if target == DOUBLE else self.builder.fptrunc
+        is_float = source in (FLOAT, DOUBLE), target in (FLOAT, DOUBLE)
+        if bitcast:
+            cast = self.builder.bitcast
+        elif is_float == (True, True):
+            cast = self.builder.fpext if target == DOUBLE else self.builder.fptrunc
+        elif is_float == (True, False):
+            cast = self.builder.fptosi
+        elif is_float == (False, True):
+            cast = self.builder.uitofp if source == BOOL else self.builder.sitofp
+        elif target.width < source.width:
+            cast = self.builder.trunc
+        else:
+            cast = self.builder.zext if source == BOOL else self.builder.sext
         return Value(self.builder, cast(self.ir, target))
 
     def _with(self, other: Operand, of_floats: str, of_integers: str, flip: bool = False) -> Value:
@@ -53,7 +71,7 @@ class Value:
             first, second = second, first
         name = of_floats if self.ir.type in (FLOAT, DOUBLE) else of_integers
         if not name:
-            raise TypeError("device code cannot divide integers")
+            raise TypeError("device code cannot do this with integers, or not with floats")
         return Value(self.builder, getattr(self.builder, name)(first.ir, second.ir))
 
     def _compared(self, sign: str, other: Any) -> Value:
@@ -88,10 +106,16 @@ class Value:
         return self._with(other, "fdiv", "", flip=True)
 
     def __and__(self, other: Operand) -> Value:
-        return self._with(other, "and_", "and_")
+        return self._with(other, "", "and_")
 
     def __or__(self, other: Operand) -> Value:
-        return self._with(other, "or_", "or_")
+        return self._with(other, "", "or_")
+
+    def __lshift__(self, other: Operand) -> Value:
+        return self._with(other, "", "shl")
+
+    def __rshift__(self, other: Operand) -> Value:
+        return self._with(other, "", "ashr")
 
     def __neg__(self) -> Value:
         return Value(self.builder, self.builder.fneg(self.ir))
@@ -114,10 +138,28 @@ class Value:
     def __ne__(self, other: object) -> Any:
         return self._compared("!=", other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # no value is equal to another in Python
 
     def __bool__(self) -> bool:
         raise TypeError("device code cannot branch in Python on a number: use tl.where")
+
+
+def select(condition: Value, chosen: Operand, otherwise: Operand) -> Value:
+    """`chosen` where `condition` holds, else `otherwise`. One of the two is a value."""
+    of = chosen if isinstance(chosen, Value) else otherwise
+    if not isinstance(of, Value):
+        raise TypeError(
+            "one of the two that tl.where chooses from must be computed: it has a dtype"
+        )
+    builder = condition.builder
+    return Value(builder, builder.select(condition.ir, of.like(chosen).ir, of.like(otherwise).ir))
+
+
+def intrinsic(name: str, *values: Value) -> Value:
+    """A function that LLVM knows, of numbers of one type."""
+    builder = values[0].builder
+    function = builder.module.declare_intrinsic(f"llvm.{name}", [values[0].ir.type])
+    return Value(builder, builder.call(function, [value.ir for value in values]))
 
 
 class Stored(NamedTuple):
@@ -148,6 +190,13 @@ def _narrow_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.trunc(builder.select(nan, ir.Constant(INT32, 0x7FC0), rounded), INT16)
 
 
+def _integer(memory: ir.IntType) -> Stored:
+    """An integer of fewer bits, an int64 in a register."""
+    return Stored(
+        memory, INT64, lambda b, bits: b.sext(bits, INT64), lambda b, value: b.trunc(value, memory)
+    )
+
+
 STORED = {
     torch.float64: Stored(DOUBLE, DOUBLE, _unchanged, _unchanged),
     torch.float32: Stored(FLOAT, FLOAT, _unchanged, _unchanged),
@@ -156,9 +205,9 @@ STORED = {
         HALF, FLOAT, lambda b, value: b.fpext(value, FLOAT), lambda b, value: b.fptrunc(value, HALF)
     ),
     torch.int64: Stored(INT64, INT64, _unchanged, _unchanged),
-    torch.int32: Stored(
-        INT32, INT64, lambda b, value: b.sext(value, INT64), lambda b, value: b.trunc(value, INT32)
-    ),
+    torch.int32: _integer(INT32),
+    torch.int16: _integer(INT16),
+    torch.int8: _integer(INT8),
 }
 
 
@@ -178,8 +227,7 @@ class Pointer:
         return Value(self.builder, self.stored.widen(self.builder, loaded))
 
     def __setitem__(self, index: Operand, value: Value) -> None:
-        register = self.stored.register
-        rounded = value.to(register) if register in (FLOAT, DOUBLE) else value
+        rounded = value.to(self.stored.register)
         self.builder.store(self.stored.narrow(self.builder, rounded.ir), self._place(index))
 
     def take(self) -> Value:

@@ -1,31 +1,43 @@
-"""The penalties: hooks around a rule, each a pure function on registers.
+"""The hooks of the penalties: pure functions on registers, each for one stage of a step.
 
-A hook whose number is 0 leaves every bit of its argument: a select, because 0 * inf is NaN and
--0.0 + 0.0 is 0.0. So one launch serves groups with and without a penalty.
+    gradient(g, w, numbers) -> g                  adds to the gradient of the loss
+    decay(w, direction, numbers) -> coefficient   w is multiplied by 1 - rate * coefficient
+    prox(w, rate, mass, gain, numbers) -> w       after the step
+
+`numbers` (a tuple, float64) is what the penalty says of a param group, `rate` (float64) is lr times
+the trust ratio, `mass` (float64) and `gain` (of each element) are the two factors of the gain; see
+rules.py. What follows from float64 numbers alone is formed in float64, once for a tensor, and
+converted by `.to(w.dtype)`.
+
+A hook whose numbers are all 0 leaves every bit of its argument: a select, because 0 * inf is NaN
+and -0.0 + 0.0 is 0.0. So one launch serves groups with and without a penalty.
 """
 
 from __future__ import annotations
 
+from fusedreg.kernels.contract import DeviceFunction
 from fusedreg.kernels.device.language import tl, triton
 
 
 @triton.jit
-def l1_subgradient(g, w, l1):
+def l1_subgradient(g, w, numbers):
     """g + l1 * sign(w), as if the norm stood in the loss."""
+    l1 = numbers[0].to(w.dtype)
     sign = tl.where(w > 0.0, 1.0, tl.where(w < 0.0, -1.0, w * 0.0))
     return tl.where(l1 == 0.0, g, g + l1 * sign)
 
 
 @triton.jit
-def coupled(g, w, weight_decay):
+def l2_gradient(g, w, numbers):
     """g + weight_decay * w: the gradient of weight_decay/2 * ||w||^2."""
+    weight_decay = numbers[0].to(w.dtype)
     return tl.where(weight_decay == 0.0, g, g + weight_decay * w)
 
 
 @triton.jit
-def decoupled(w, keep):
-    """w * (1 - lr * weight_decay)."""
-    return tl.where(keep == 1.0, w, w * keep)
+def l2_decay(w, direction, numbers):
+    """weight_decay."""
+    return numbers[0]
 
 
 @triton.jit
@@ -36,12 +48,23 @@ def soft_threshold(w, threshold):
 
 
 @triton.jit
-def prox(w, threshold, gain):
-    """The proximal step of lr * l1 * gain * |w|, with the gain of each element."""
+def l1_prox(w, rate, mass, gain, numbers):
+    """The proximal step of rate * l1 * gain * |w|, with the gain of each element."""
+    threshold = (rate * numbers[0] * mass).to(w.dtype)
     return tl.where(threshold == 0.0, w, soft_threshold(w, threshold * gain))
 
 
 @triton.jit
-def shrink(w, threshold, gain):
-    """The same with one threshold for all elements."""
+def l1_shrink(w, rate, mass, gain, numbers):
+    """The same with the threshold rate * l1 for all elements."""
+    threshold = (rate * numbers[0]).to(w.dtype)
     return tl.where(threshold == 0.0, w, soft_threshold(w, threshold))
+
+
+def named(function: DeviceFunction | str) -> DeviceFunction:
+    """A hook of this module by its name, any other as it is."""
+    found = globals().get(function) if isinstance(function, str) else function
+    if not hasattr(found, "fn"):
+        raise TypeError(f"Invalid hook: {function!r} (expected a @triton.jit function)")
+    hook: DeviceFunction = found
+    return hook

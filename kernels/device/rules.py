@@ -3,8 +3,8 @@
 A rule is two device functions. `NAME_scalars` runs once per tensor, in float64: it advances what is
 counted (steps, momentum mass) and forms every number that the elements share. `NAME` runs on a tile
 of elements in the dtype of the arithmetic: it advances the moments. Neither sees a pointer, a mask,
-a stored dtype, a learning rate or a penalty; both are inlined into the kernels of engine.py and
-rows.py, so each formula exists once. For a CPU host/build.py runs both on values of one element.
+a stored dtype, a learning rate or a penalty. Both compilers inline both, so each formula exists
+once.
 
     scalars(options, counts) -> (gain, scalars, counts)
         options  what the class lists in `device_options`, in that order
@@ -18,10 +18,8 @@ rows.py, so each formula exists once. For a CPU host/build.py runs both on value
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
+from fusedreg.kernels.contract import Rule
 from fusedreg.kernels.device.language import tl, triton
-from fusedreg.kernels.layout import ROW, ROW_RULE
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -286,29 +284,6 @@ def lion(g, states, scalars):
     return direction, 1.0, (average(m, g, complement2),)
 
 
-# ---- layerwise -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def trust_ratio(param_squares, update_squares):
-    """||w|| / ||update||, and 1 where either is 0, from the sums of their squares.
-
-    At most 2**120, so that the product with lr is finite in float32: a gradient that stays 0 leaves
-    an update that fades to nothing.
-    """
-    ratio = divide(square_root(param_squares), square_root(update_squares))
-    ratio = tl.where(ratio > 1.329227995784916e36, 1.329227995784916e36, ratio)  # a NaN stays one
-    return tl.where((param_squares == 0.0) | (update_squares == 0.0), 1.0, ratio)
-
-
-class Rule(NamedTuple):
-    """The two device functions of a rule and how many scalars pass from one to the other."""
-
-    scalars: Any
-    tile: Any
-    width: int
-
-
 RULES = {
     "sgd": Rule(sgd_scalars, sgd, 0),
     "sgd_momentum": Rule(sgd_momentum_scalars, sgd_momentum, 2),
@@ -323,12 +298,9 @@ RULES = {
     "lion": Rule(lion_scalars, lion, 3),
 }
 
-WIDEST: int = ROW.value - ROW_RULE.value
-"""Scalars of a rule, and counts after them, that a row has place for."""
 
-
-def known(rule: Any, counts: int = 0) -> Rule:
-    """A rule of this module by its name, any other as it is; `counts` is how many it advances."""
+def named(rule: Rule | str) -> Rule:
+    """A rule of this module by its name, any other as it is."""
     if isinstance(rule, str) and rule not in RULES:
         raise ValueError(f"Invalid device rule: {rule!r} (expected a Rule or one of {[*RULES]})")
     found = RULES[rule] if isinstance(rule, str) else rule
@@ -336,10 +308,6 @@ def known(rule: Any, counts: int = 0) -> Rule:
         raise TypeError(
             f"Invalid device rule: {found!r} (expected a Rule of two @triton.jit functions)"
         )
-    if not 0 <= found.width <= WIDEST - counts:
-        raise ValueError(
-            f"Invalid width value: {found.width} (a row has place for {WIDEST - counts} scalars of "
-            f"a rule beside {counts} scalar_states: form what depends on others in the function of "
-            "the elements)"
-        )
+    if found.width < 0:
+        raise ValueError(f"Invalid width value: {found.width} (expected a number of scalars)")
     return found

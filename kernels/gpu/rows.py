@@ -2,8 +2,8 @@
 
 One program takes a block of tensors. It folds the partial norms into the total (every program for
 itself: the same sum in the same order), forms the clip factor, decides whether the step is skipped,
-and writes the rows that engine.py reads. Who fills in these numbers is all that clipping, loss
-scaling, graph capture and distribution change.
+and writes the rows that walk.py reads. Clipping, loss scaling, graph capture and distribution
+differ only in who fills in these numbers.
 
 New counts go into the row too. The step kernel stores them, so that a tensor and its counts change
 in one launch: an exception between two launches leaves all of it as it was.
@@ -14,32 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedreg.kernels import layout
+from fusedreg.kernels.device.step import clipped, is_nonfinite, row
 from fusedreg.kernels.gpu.norms import fold
-from fusedreg.kernels.layout import (
-    ACTIVE,
-    COUPLED,
-    DECAY_LR,
-    DECOUPLED,
-    HEADER,
-    LR,
-    MAX_NORM,
-    OPTIONS,
-    PROX,
-    ROW,
-    ROW_DECAY,
-    ROW_L1,
-    ROW_L2,
-    ROW_LR,
-    ROW_RULE,
-    ROW_SCALE,
-    ROW_THRESHOLD,
-    SCALE,
-    SHRINK,
-    SIGN,
-    SKIP,
-    SKIP_NONFINITE,
-    SUBGRADIENT,
-)
+
+MAX_NORM, SCALE, SKIP, SKIP_NONFINITE = map(tl.constexpr, layout.HEADER)
+HEADER = tl.constexpr(len(layout.HEADER))
+SIGN = tl.constexpr(layout.GROUP.sign)
 
 
 @triton.jit(do_not_specialize=["tensors", "parts"])
@@ -58,13 +39,15 @@ def rows_kernel(
     tensors,
     SCALARS: tl.constexpr,
     COUNT: tl.constexpr,
-    STATES: tl.constexpr,
+    FIRST_COUNT: tl.constexpr,
     COUNT_DTYPES: tl.constexpr,
-    OPTION_COUNT: tl.constexpr,
+    LINE: tl.constexpr,
+    FIRST_OPTION: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Write the rows of a block of tensors; see launch.py for the arguments."""
+    """Write the rows of a block of tensors; see contract.py for the arguments."""
     scale = tl.load(numbers + SCALE)
     if grad_scale is not None:
         scale = scale / tl.load(grad_scale).to(tl.float64)
@@ -73,12 +56,8 @@ def rows_kernel(
         skip = skip | (tl.load(found_inf).to(tl.float64) != 0.0)
     if partials is not None:
         norm = fold(partials, parts, FOLD) * scale
-        nonfinite = (norm == float("inf")) | (norm != norm)
-        skip = skip | ((tl.load(numbers + SKIP_NONFINITE) != 0.0) & nonfinite)
-        max_norm = tl.load(numbers + MAX_NORM)
-        factor = max_norm / (norm + 1e-6)
-        factor = tl.where(factor > 1.0, 1.0, factor)  # a NaN stays one
-        scale = tl.where(max_norm < float("inf"), scale * factor, scale)
+        skip = skip | ((tl.load(numbers + SKIP_NONFINITE) != 0.0) & is_nonfinite(norm))
+        scale = clipped(scale, norm, tl.load(numbers + MAX_NORM))
         if grad_norm is not None:
             tl.store(grad_norm, norm.to(tl.float32), mask=tl.program_id(0) == 0)
     if skipped is not None:
@@ -87,35 +66,24 @@ def rows_kernel(
 
     tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = tensor < tensors
-    group = tl.load(groups + tensor, mask=inside, other=0)
-    line = numbers + HEADER + group * (OPTIONS + OPTION_COUNT)
+    line = numbers + HEADER + tl.load(groups + tensor, mask=inside, other=0) * LINE
     active = tl.where(skip, 0, tl.load(grads + tensor, mask=inside, other=0)) != 0
     options = ()
-    for i in tl.static_range(OPTION_COUNT):
-        options = options + (tl.load(line + OPTIONS + i),)
+    for i in tl.static_range(FIRST_OPTION, LINE):
+        options = options + (tl.load(line + i),)
     counts = ()
     for i in tl.static_range(len(COUNT_DTYPES)):
-        address = tl.load(addresses + (1 + STATES + i) * tensors + tensor, mask=inside, other=0)
+        address = tl.load(addresses + (FIRST_COUNT + i) * tensors + tensor, mask=inside, other=0)
         ptr = address.to(tl.pointer_type(COUNT_DTYPES[i]))
         counts = counts + (tl.load(ptr, mask=address != 0, other=1.0).to(tl.float64),)
-    gain, scalars, new = SCALARS(options, counts)
+    record, scalars, new = row(
+        active.to(tl.float64), scale, tl.load(line + SIGN), options, counts, SCALARS
+    )
     tl.static_assert(len(scalars) == COUNT, "the rule returns more or fewer scalars than its width")
     tl.static_assert(
         len(new) == len(COUNT_DTYPES), "the rule returns more or fewer counts than scalar_states"
     )
-
-    lr = tl.load(line + LR)
-    row = rows + tensor * ROW
-    threshold = lr * tl.load(line + PROX) * gain + lr * tl.load(line + SHRINK)
-    decay = tl.load(line + DECOUPLED) / tl.load(line + DECAY_LR)
-    tl.store(row + ACTIVE, active.to(tl.float64), mask=inside)
-    tl.store(row + ROW_SCALE, tl.load(line + SIGN) * scale, mask=inside)
-    tl.store(row + ROW_LR, lr, mask=inside)
-    tl.store(row + ROW_L1, tl.load(line + SUBGRADIENT), mask=inside)
-    tl.store(row + ROW_L2, tl.load(line + COUPLED), mask=inside)
-    tl.store(row + ROW_DECAY, decay, mask=inside)
-    tl.store(row + ROW_THRESHOLD, threshold, mask=inside)
-    for i in tl.static_range(COUNT):
-        tl.store(row + ROW_RULE + i, scalars[i] + tl.zeros((BLOCK,), tl.float64), mask=inside)
-    for i in tl.static_range(len(COUNT_DTYPES)):
-        tl.store(row + ROW_RULE + COUNT + i, new[i] + tl.zeros((BLOCK,), tl.float64), mask=inside)
+    written = record + scalars + new
+    for i in tl.static_range(len(written)):
+        number = written[i] + tl.zeros((BLOCK,), tl.float64)
+        tl.store(rows + tensor * ROW + i, number, mask=inside)

@@ -19,8 +19,11 @@ LAYERS = [
     "dist",
     "penalty",
     "penalties",
-    "norms",
+    "formats",
+    "types",
     "checks",
+    "states",
+    "norms",
     "checkpoint",
     "reference",
     "backend",
@@ -28,6 +31,7 @@ LAYERS = [
     "engine.watch",
     "engine.layout",
     "engine.plan",
+    "stepper",
     "parametrized",
     "groups",
     "optimizer",
@@ -38,13 +42,16 @@ LAYERS = [
     "demo",
     "__main__",
 ]
-# Rules know triton and the columns of a row; loops do not know the rules; backend.py joins them.
+SHARED = ("layout", "table", "contract")
+"""The modules of the kernels that all of fusedreg may import: they need no compiler."""
+# What all agree on, then what both compilers take, then the two, which do not know each other.
 KERNEL_LAYERS = [
+    *SHARED,
     "device.language",
-    "layout",
-    "table",
+    "device.step",
     "device.penalties",
     "device.rules",
+    "language",
     "rules",
     "cpu.values",
     "cpu.language",
@@ -58,6 +65,8 @@ KERNEL_LAYERS = [
     "gpu.walk",
     "gpu.backend",
 ]
+COMPILERS = {"cpu": "llvmlite", "gpu": "triton", "device": "triton"}
+"""What the modules of a folder may import beside torch and typing_extensions, which torch needs."""
 
 
 def imported(file: Path) -> set[str]:
@@ -104,8 +113,8 @@ def test_imports_run_downwards(file: Path) -> None:
 @pytest.mark.parametrize("file", KERNELS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_kernels_import_downwards_and_torch_and_their_compiler_only(file: Path) -> None:
     module = module_of(file, ROOT / "kernels")
-    compiler = "llvmlite" if module.startswith("cpu.") else "triton"
-    known = sys.stdlib_module_names | {"torch", compiler}
+    folder = module.rpartition(".")[0]
+    known = sys.stdlib_module_names | {"torch", "typing_extensions", COMPILERS.get(folder)}
     for name in imported(file):
         other = layer_of(name, KERNEL_LAYERS, "fusedreg.kernels")
         if other is None:
@@ -113,6 +122,8 @@ def test_kernels_import_downwards_and_torch_and_their_compiler_only(file: Path) 
         elif other != "__init__":
             layers = KERNEL_LAYERS
             assert layers.index(other) < layers.index(module), f"{module} imports {name}"
+            assert other.partition(".")[0] in {folder, "device", *SHARED}, module
+            # A loop takes the rule and the penalties of any program.
             of_rules = other in {"device.rules", "device.penalties"}
             assert not of_rules or module in {"rules", "cpu.backend", "gpu.backend"}, module
 
@@ -122,11 +133,17 @@ def test_every_module_of_the_kernels_has_a_layer() -> None:
     assert {module for module in modules if not module.endswith("__init__")} == set(KERNEL_LAYERS)
 
 
-def test_only_the_backend_knows_the_kernels() -> None:
-    for file in FILES:
-        if file.name != "backend.py":
-            found = [name for name in imported(file) if name.startswith("fusedreg.kernels")]
-            assert not found, f"{file.name} imports {found}"
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_package_imports_of_the_kernels_what_needs_no_compiler(file: Path) -> None:
+    names = {name for name in imported(file) if name.startswith("fusedreg.kernels")}
+    assert {layer_of(name, KERNEL_LAYERS, "fusedreg.kernels") for name in names} <= {*SHARED}
+
+
+def test_only_the_backend_names_the_modules_of_a_compiler() -> None:
+    """It imports them by name, in a call."""
+    for compiler in ("cpu", "gpu"):
+        found = [file.name for file in FILES if f"fusedreg.kernels.{compiler}" in file.read_text()]
+        assert found == ["backend.py"]
 
 
 @pytest.mark.parametrize("cls", CLASSES)

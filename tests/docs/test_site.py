@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -110,6 +111,14 @@ def test_links_anchors_and_files_are_there(site: Path) -> None:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_page_shows_the_formula_of_the_docstring(site: Path, page: str, cls: type) -> None:
     assert formula(cls) in [block.strip() for block in read(site / f"{page}.html").blocks]
+
+
+def test_signatures_on_the_page_are_pythons(site: Path) -> None:
+    blocks = read(site / "api.html").blocks
+    for cls in CLASSES:
+        (shown,) = (block for block in blocks if block.strip().startswith(f"{cls.__name__}("))
+        names = re.findall(r"^    (\w+)(?::|,)", shown, re.MULTILINE)
+        assert names == list(inspect.signature(cls).parameters)
 
 
 def test_nothing_of_the_markup_is_left(site: Path) -> None:

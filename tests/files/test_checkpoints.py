@@ -8,6 +8,7 @@ import re
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 import fusedreg
+from fusedreg.scalars import Count
 
 from cases import (
     CASES,
@@ -43,7 +45,7 @@ from cases import (
     run,
     set_grads,
 )
-from compare import frozen, parameters_of, refused, results, snapshot
+from compare import beyond_torch, frozen, parameters_of, refused, results, snapshot
 
 SHAPES = [(0,), (5, 3), ()]
 
@@ -279,7 +281,7 @@ def test_distributed_checkpoint_goes_on_in_torch(
     twin, resumed = build_torchs(case)
     load(way, tmp_path / "run", twin, resumed)
     for mine, theirs in zip(optimizer.state.values(), resumed.state.values(), strict=True):
-        assert mine.keys() - theirs.keys() <= {"momentum_mass"}  # torch has no threshold
+        assert mine.keys() - theirs.keys() <= beyond_torch(optimizer)
         assert frozen({name: mine[name] for name in theirs}) == frozen(theirs)
     for name, value in resumed.param_groups[0].items():
         if name == "betas":  # torch gathers a pair as a list
@@ -453,8 +455,8 @@ def test_groups_that_do_not_fit_are_refused(cls: type, spoil: Spoil, message: st
     [
         (cls, name)
         for cls in CLASSES
-        if len(cls.tensor_states + cls.scalar_states) > 1  # else it would lack all, as is allowed
-        for name in cls.tensor_states + cls.scalar_states
+        if len({*cls.tensor_states, *cls.counts}) > 1  # else it would lack all, as is allowed
+        for name in (*cls.tensor_states, *cls.counts)
         if name not in cls.late_states
     ],
 )
@@ -466,7 +468,7 @@ def test_incomplete_state_is_refused(cls: type, name: str) -> None:
 
 
 def states(cls: type) -> set[str]:
-    return {*cls.tensor_states, *cls.scalar_states}
+    return {*cls.tensor_states, *cls.counts}
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -556,11 +558,11 @@ def _other_classes(request: pytest.FixtureRequest) -> Iterator[list[type]]:
 
     class Masked(fusedreg.SGD):
         tensor_states = (*fusedreg.SGD.tensor_states, "mask")
-        scalar_states = (*fusedreg.SGD.scalar_states, "counter")
+        counts = MappingProxyType({**fusedreg.SGD.counts, "counter": Count()})
 
     class Velocities(fusedreg.FusedOptimizer):
         tensor_states = ("velocity", "exp_avg", "note")
-        scalar_states = ("mu_product",)
+        counts = MappingProxyType({"mu_product": Count(1.0)})
 
     yield [Masked, Velocities]
 
@@ -647,9 +649,7 @@ def test_state_of_another_shape_is_refused(cls: type, name: str, shape: tuple[in
     assert_refused(cls, spoil, f"^loaded state dict contains '{name}' of shape {shown}")
 
 
-@pytest.mark.parametrize(
-    ("cls", "name"), [(cls, name) for cls in CLASSES for name in cls.scalar_states]
-)
+@pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls in CLASSES for name in cls.counts])
 def test_count_of_another_shape_is_refused(cls: type, name: str) -> None:
     def spoil(saved: dict[str, Any]) -> None:
         saved["state"][1][name] = torch.ones(2)

@@ -32,7 +32,7 @@ from cases import (
     run,
     set_grads,
 )
-from compare import assert_close, frozen, parameters_of, refused, snapshot
+from compare import assert_close, beyond_torch, frozen, parameters_of, refused, snapshot
 
 SHAPES = [(0,), (5, 3), ()]
 
@@ -117,12 +117,13 @@ def test_own_state_exists_only_where_it_is_used(case: Case, path: str) -> None:
     thresholded = options["l1"] > 0 and options["l1_mode"] == "prox"
     # With dampening only the mass tells the first gradient, which is undamped, from the later ones.
     needs_mass = options.get("momentum", 0) > 0 and (thresholded or options.get("dampening", 0) > 0)
-    assert ("momentum_mass" in names) == needs_mass
+    more = beyond_torch(optimizer)
+    assert names & more == (more if needs_mass else set())
     if case.torch_kwargs is not None:
         twin = case.torch_cls(copies(optimizer), **case.torch_kwargs, foreach=False)
         run(twin, 1)
         torchs = {name for state in twin.state.values() for name in state}
-        assert names - {"momentum_mass"} == torchs
+        assert names - more == torchs
 
 
 # ---- torch's checkpoints -----------------------------------------------------------------------
@@ -178,8 +179,8 @@ def test_older_files_load(case: Case, path: str) -> None:
     run(optimizer, 2)
     saved = copy.deepcopy(optimizer.state_dict())
     for state in saved["state"].values():
-        if "step" in state:
-            state["step"] = int(state["step"])
+        for name in state.keys() & optimizer.counts.keys() - beyond_torch(optimizer):
+            state[name] = state[name].item()
     for group in saved["param_groups"]:
         for name in group.keys() - case.kwargs.keys() - {"params"}:
             del group[name]
@@ -202,14 +203,14 @@ def test_an_absent_state_that_an_older_file_calls_none_is_absent(
     assert_continues(*optimizers)
 
 
-def test_scalar_states_that_another_class_narrowed_are_widened() -> None:
+def test_counts_that_another_class_narrowed_are_widened() -> None:
     params = parameters(dtype=torch.bfloat16, shapes=SHAPES)
     for case in SOME:
         optimizer = case.make(params)
         run(optimizer, 1)
         saved = copy.deepcopy(optimizer.state_dict())
         for state in saved["state"].values():
-            for name in state.keys() & set(optimizer.scalar_states):
+            for name in state.keys() & set(optimizer.counts):
                 state[name] = state[name].to(torch.bfloat16)
         before = {name: value.dtype for name, value in optimizer.state[params[-1]].items()}
         optimizer.load_state_dict(saved)
@@ -454,7 +455,7 @@ def test_options_may_be_turned_on_later(case: Case, path: str) -> None:
     assert_continues(optimizer, fresh)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if "momentum_mass" in cls.scalar_states])
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if "momentum_mass" in cls.counts])
 def test_l1_turned_on_later_takes_the_momentum_as_warmed_up(cls: type, path: str) -> None:
     optimizer = cls(parameters(shapes=SHAPES), lr=0.01, momentum=0.9, **PATHS[path])
     run(optimizer, 2)

@@ -155,7 +155,7 @@ def check(
     assert list(kernels) == ["norm_kernel"] * norm + ["rows_kernel", *squares, "step_kernel"]
     states = [state or dtype] * states_of(case)
     check_resources(kernels)
-    doubles = len({*case.cls.scalar_states} - {"step"})  # of counts; step is float32
+    doubles = sum(count.wide for count in case.cls.counts.values())
     check_accesses(kernels["step_kernel"], dtype, states, target, counts=doubles)
     check_arithmetic(kernels["step_kernel"], case, target)
     if squares:
@@ -228,7 +228,7 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
         "lamb-none", "squares step", "rules",
         "return direction, gain, (m, v)\n", "return m, gain, (m, v)\n",
     ),
-    "trust ratio": ("lamb-none", "step", "rules", "1.0, ratio)", "2.0, ratio)"),
+    "trust ratio": ("lamb-none", "step", "step", "1.0, ratio)", "2.0, ratio)"),
     "rule": (
         "adam-none", "step", "rules", "return direction, gain, (m, v)\n", "return m, gain, (m, v)\n"
     ),
@@ -245,7 +245,13 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
     "coupled": (
         "adam-decay", "step", "penalties", "0.0, g, g + weight_decay * w)", "0.0, g, g - w)"
     ),
-    "decoupled": ("adamw-decay", "step", "penalties", "1.0, w, w * keep)", "1.0, w, w + keep)"),
+    "decoupled": (
+        "adamw-decay", "step", "penalties", "return numbers[0]", "return 2.0 * numbers[0]"
+    ),
+    "order of a step": (
+        "adamw-decay", "step", "step", "1.0, w, w * keep)", "1.0, w, w + keep)"
+    ),
+    "clip factor": ("adam-none", "rows", "step", "factor > 1.0, 1.0", "factor > 2.0, 2.0"),
     "subgradient": (
         "adam-l1_subgradient", "step", "penalties",
         "0.0, g, g + l1 * sign)", "0.0, g, g - l1 * sign)",

@@ -20,14 +20,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedreg
 from fusedreg import backend
+from fusedreg.scalars import Count
 
-from cases import KERNEL_CASES, SOME, Case, by_id, each_case, parameters, run, set_grads, tensors
+from cases import (
+    KERNEL_CASES,
+    SOME,
+    Case,
+    by_id,
+    each_case,
+    parameters,
+    program,
+    run,
+    set_grads,
+    tensors,
+)
 from compare import assert_close, frozen, parameters_of, results
 
-engine: Any = importlib.import_module("fusedreg.kernels.cpu.loops")
-launch: Any = importlib.import_module("fusedreg.kernels.cpu.backend")
+loops: Any = importlib.import_module("fusedreg.kernels.cpu.loops")
+llvm: Any = importlib.import_module("fusedreg.kernels.cpu.backend")
 values: Any = importlib.import_module("fusedreg.kernels.cpu.values")
-build: Any = importlib.import_module("fusedreg.kernels.cpu.compiler")
+compiler: Any = importlib.import_module("fusedreg.kernels.cpu.compiler")
 language: Any = importlib.import_module("fusedreg.kernels.device.language")
 rules: Any = importlib.import_module("fusedreg.kernels.device.rules")
 own: Any = importlib.import_module("own")
@@ -35,7 +47,7 @@ tl: Any = importlib.import_module("triton.language")
 where: Any = tl.where
 
 LOW = (torch.float16, torch.bfloat16)
-SIZES = [0, 1, 15, 17, 63, 65, engine.CHUNK - 1, engine.CHUNK, engine.CHUNK + 1]
+SIZES = [0, 1, 15, 17, 63, 65, loops.CHUNK - 1, loops.CHUNK, loops.CHUNK + 1]
 
 
 # ---- one rule, two compilers ---------------------------------------------------------------------
@@ -72,7 +84,7 @@ def test_any_size_around_vectors_and_chunks(case: Case, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("offset", [0, 1, 4, 7])
 @pytest.mark.parametrize("case", **by_id(SOME))
 def test_nothing_outside_of_a_view_is_read_or_written(case: Case, offset: int) -> None:
-    sizes, gap = [1, 5, 100, engine.CHUNK + 3], 16
+    sizes, gap = [1, 5, 100, loops.CHUNK + 3], 16
     pool = torch.full((sum(sizes) * 2 + gap * 10,), float("nan"))
     inside = torch.zeros_like(pool, dtype=torch.bool)
     place = offset
@@ -150,7 +162,7 @@ def test_norms_of_float64_neither_overflow_nor_vanish(entry: float, size: int) -
     table = launcher.build([[param.data_ptr()]], [size], [0], torch.device("cpu"))
     partials = torch.empty(table.chunks, dtype=torch.float64)
     addresses = torch.tensor([param.grad.data_ptr()])
-    launcher.norms(table, addresses, partials, 0, torch.float64, True)()
+    launcher.norms(program(rules.RULES["sgd"], torch.float64), table, addresses, partials, 0)()
     exact = entry * 2**0.5  # inf where that is above the largest number
     expected = torch.tensor([exact], dtype=torch.float64)
     # A root, a product and each square round by half an ulp.
@@ -204,7 +216,7 @@ def two_threads() -> Iterator[None]:
 
 def ends(threads: int, case: Case) -> Any:
     torch.set_num_threads(threads)
-    shapes = [(engine.CHUNK * 3 + 5,), (7,), (1000, 70)]
+    shapes = [(loops.CHUNK * 3 + 5,), (7,), (1000, 70)]
     optimizer = case.make(parameters(dtype=torch.float32, shapes=shapes), max_grad_norm=0.5)
     optimizer.param_groups[0]["fused"] = None
     run(optimizer, 2)
@@ -219,14 +231,14 @@ def test_results_do_not_depend_on_threads(
     alone = ends(1, case)
     assert ends(2, case) == alone
     assert ends(5, case) == alone
-    monkeypatch.setattr(launch, "_openmp", lambda: None)  # as where it has no such entry
+    monkeypatch.setattr(llvm, "_openmp", lambda: None)  # as where it has no such entry
     assert ends(2, case) == alone
     assert ends(5, case) == alone
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch may have another OpenMP")
 def test_torchs_openmp_is_found_on_linux() -> None:
-    assert launch._openmp() is not None
+    assert llvm._openmp() is not None
 
 
 def test_every_chunk_is_taken_once(two_threads: None) -> None:
@@ -254,8 +266,8 @@ def test_two_optimizers_step_at_once(two_threads: None) -> None:
 
 FORK = """
 import os, torch, fusedreg
-launch = __import__("fusedreg.kernels.cpu.backend", fromlist=["launch"])
-launch._openmp = lambda: None  # after a fork, torch's own operations hang where OpenMP is GNU's
+import fusedreg.kernels.cpu.backend as llvm
+llvm._openmp = lambda: None  # after a fork, torch's own operations hang where OpenMP is GNU's
 torch.set_num_threads(2)
 w = torch.nn.Parameter(torch.ones(400_000))
 w.grad = torch.ones(400_000)
@@ -365,15 +377,15 @@ def test_steps_are_vectorised_and_never_contracted(
 ) -> None:
     """A product and a sum stay two roundings, and no float32 becomes a float64 on its way."""
     modules: list[str] = []
-    optimised = build.optimised
+    optimised = compiler.optimised
 
     def keep(text: str, machine: Any) -> Any:
         modules.append(str(optimised(text, machine)))
         return optimised(text, machine)
 
     monkeypatch.setenv("FUSEDREG_CACHE", "0")
-    monkeypatch.setattr(build, "optimised", keep)
-    for loop in (engine.norm_loop, engine.step_loop):
+    monkeypatch.setattr(compiler, "optimised", keep)
+    for loop in (loops.norm_loop, loops.step_loop):
         loop.cache_clear()
     run(case.make(parameters(dtype=torch.float32), "default", max_grad_norm=None), 1)
     (step,) = (module for module in modules if "@step" in module)
@@ -386,32 +398,36 @@ def test_steps_are_vectorised_and_never_contracted(
 def test_sums_of_squares_are_vectorised(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = build._machine()
+    machine = compiler._machine()
     monkeypatch.setattr(
-        engine, "built", lambda function: build.optimised(str(build.written(function)), machine)
+        loops,
+        "built",
+        lambda function: compiler.optimised(str(compiler.written(function)), machine),
     )
-    adam = engine.Kind(rules.known("adam"), 2, None, None, False, dtype, dtype, dtype)
-    for loop, kind in ((engine.norm_loop, dtype), (engine.squares_loop, adam)):
-        assert re.search(r"fadd reassoc <\d+ x double>", str(loop.__wrapped__(kind)))
+    norms = loops.norm_loop.__wrapped__(dtype)
+    adam = program(rules.RULES["adam"], dtype, states=2)
+    squares = loops.squares_loop.__wrapped__(adam, scaled=True)
+    for code in map(str, (norms, squares)):
+        assert re.search(r"fadd reassoc <\d+ x double>", code)
     arithmetic = "double" if dtype == torch.float64 else "float"
-    assert re.search(rf"fdiv <\d+ x {arithmetic}>", str(engine.squares_loop.__wrapped__(adam)))
+    assert re.search(rf"fdiv <\d+ x {arithmetic}>", str(squares))
 
 
 def test_nothing_is_compiled_when_a_number_changes() -> None:
     optimizer = fusedreg.LAMB(parameters(), lr=0.1, l1=0.1, max_grad_norm=1.0)
     run(optimizer, 2)
-    loops = (
-        engine.norm_loop,
-        engine.rows_loop,
-        engine.squares_loop,
-        engine.fold_loop,
-        engine.step_loop,
+    cached = (
+        loops.norm_loop,
+        loops._rows_loop,
+        loops.squares_loop,
+        loops.fold_loop,
+        loops.step_loop,
     )
-    before = [loop.cache_info().misses for loop in loops]
+    before = [loop.cache_info().misses for loop in cached]
     optimizer.max_grad_norm = 0.3
     optimizer.param_groups[0].update(lr=0.2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3, l1=0.2)
     run(optimizer, 2)
-    assert [loop.cache_info().misses for loop in loops] == before
+    assert [loop.cache_info().misses for loop in cached] == before
 
 
 def branches(x: Any) -> Any:
@@ -430,7 +446,7 @@ def test_what_a_rule_cannot_say_is_refused(function: Any, words: str) -> None:
         function(work.constant(1.0))
 
     with pytest.raises(TypeError, match=words):
-        build.built(kernel)
+        compiler.built(kernel)
 
 
 # ---- rules of one's own --------------------------------------------------------------------------
@@ -498,8 +514,8 @@ def test_a_rule_may_be_written_inside_a_function(monkeypatch: pytest.MonkeyPatch
         return tripled(g), 3.0, states
 
     monkeypatch.setattr(own.Own, "rule", rules.RULES["sgd"]._replace(tile=tile))
-    for name in ("tensor_states", "scalar_states", "device_options"):
-        monkeypatch.setattr(own.Own, name, ())
+    for name, nothing in {"tensor_states": (), "counts": {}, "device_options": ()}.items():
+        monkeypatch.setattr(own.Own, name, nothing)
     param = nn.Parameter(torch.ones(1))
     param.grad = torch.ones(1)
     own.Own([param], lr=0.25).step()
@@ -515,9 +531,9 @@ def test_a_rule_may_call_what_it_imported_from_triton() -> None:
     """Which triton's own interpreter does not take."""
 
     def kernel(work: Any) -> None:
-        build.device(positive)(work.constant(1.0))
+        compiler.device(positive)(work.constant(1.0))
 
-    assert "select" in str(build.written(kernel))
+    assert "select" in str(compiler.written(kernel))
 
 
 @language.triton.jit
@@ -532,7 +548,7 @@ def branch(g, states, scalars):
 
 @language.triton.jit
 def unknown_word(g, states, scalars):
-    return language.tl.abs(g), 1.0, states
+    return language.tl.sigmoid(g), 1.0, states
 
 
 def with_tile(tile: Any) -> dict[str, Any]:
@@ -546,7 +562,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "more or fewer scalars than its width",
     ),
     "counts": (
-        {"scalar_states": ("step", "mass"), "late_states": ("mass",)},
+        {"counts": {"step": Count(), "mass": Count()}, "late_states": ("mass",)},
         r"own_scalars returns 1 counts, but scalar_states says 2",
         "more or fewer counts than scalar_states",
     ),
@@ -557,7 +573,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
     ),
     "two things": (with_tile(two_things), "two_things does not return three things", None),
     "branch": (with_tile(branch), "cannot branch in Python .* use tl.where", None),
-    "word": (with_tile(unknown_word), r"no tl\.abs: fused=False steps without", None),
+    "word": (
+        with_tile(unknown_word),
+        r"unknown_word calls tl\.sigmoid, but .* has no such word",
+        None,
+    ),
 }
 """What is wrong with a class: its attributes, and what a CPU says of it, and triton."""
 
@@ -582,25 +602,9 @@ def test_a_wrong_rule_is_refused_before_anything_changes(
     assert after == before
 
 
-@pytest.mark.parametrize("fused", [None, True])
-def test_a_row_has_place_for_scalars_and_counts(
-    fused: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One number more is refused before anything changes."""
-    widest = rules.WIDEST - len(own.Own.scalar_states)
-
-    rule = rules.Rule(own.own_scalars, own.own, widest + 1)
-    monkeypatch.setattr(own.Own, "rule", rule)
-    params = parameters(shapes=[(3,)])
-    set_grads(params, 0)
-    before = frozen(params)
-    words = rf"Invalid width value: {widest + 1} \(a row has place for {widest} scalars"
-    with pytest.raises(ValueError, match=words):
-        own.Own(params, fused=fused).step()
-    assert frozen(params) == before
-    assert rules.known(rule._replace(width=widest), counts=1).width == widest
+def test_a_rule_of_a_negative_width_is_refused() -> None:
     with pytest.raises(ValueError, match="Invalid width value: -1"):
-        rules.known(rule._replace(width=-1))
+        rules.named(own.Own.rule._replace(width=-1))
 
 
 @pytest.mark.parametrize("what", [what for what, (*_, words) in WRONG.items() if words])

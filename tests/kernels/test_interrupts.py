@@ -21,7 +21,7 @@ import fusedreg
 from cases import parameters, set_grads
 from compare import parameters_of
 
-launch: Any = importlib.import_module("fusedreg.kernels.cpu.backend")
+llvm: Any = importlib.import_module("fusedreg.kernels.cpu.backend")
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_loop_ends_before_an_interrupt_goes_on(interrupts: int, when: str) -> 
     before = _thread._count()
     loop = Loop(30, interrupts, when)
     try:
-        launch._on_new_threads(3, loop, 0, ())
+        llvm._on_new_threads(3, loop, 0, ())
         raised = False
     except KeyboardInterrupt:
         raised = True
@@ -98,10 +98,10 @@ def test_fewer_threads_do_the_loop_where_no_more_can_start(
         started.append(_thread.start_new_thread(*args))
         return started[-1]
 
-    monkeypatch.setattr(launch, "start_new_thread", start)
+    monkeypatch.setattr(llvm, "start_new_thread", start)
     before = _thread._count()
     loop = Loop(30, 0, "never")
-    launch._on_new_threads(3, loop, 0, ())
+    llvm._on_new_threads(3, loop, 0, ())
     assert loop.running == 0
     assert loop.done == [1] * 30
     assert len(started) == possible
@@ -110,11 +110,11 @@ def test_fewer_threads_do_the_loop_where_no_more_can_start(
 
 def test_no_thread_outlives_a_step(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the threads hold the memory that their loop reads."""
-    monkeypatch.setattr(launch, "_openmp", lambda: None)
+    monkeypatch.setattr(llvm, "_openmp", lambda: None)
     before = _thread._count()
     others: list[int] = []
     kept: list[Any] = []
-    on_new_threads = launch._on_new_threads
+    on_new_threads = llvm._on_new_threads
 
     def watched(how_many: int, loop: Any, address: int, keep: Any) -> None:
         main = _thread.get_ident()
@@ -126,8 +126,8 @@ def test_no_thread_outlives_a_step(threads: int, monkeypatch: pytest.MonkeyPatch
         kept.append((address, keep[0]))
         on_new_threads(how_many, counting, address, keep)
 
-    monkeypatch.setattr(launch, "_on_new_threads", watched)
-    param = torch.zeros(launch.CHUNK * 40, requires_grad=True)
+    monkeypatch.setattr(llvm, "_on_new_threads", watched)
+    param = torch.zeros(llvm.CHUNK * 40, requires_grad=True)
     param.grad = torch.ones_like(param)
     optimizer = fusedreg.SGD([param], lr=1.0)
     optimizer.step()
@@ -218,10 +218,10 @@ def test_a_parameter_is_stepped_with_its_states_or_not_at_all(
     if threaded == "one thread":
         torch.set_num_threads(1)
     if threaded == "own threads":
-        monkeypatch.setattr(launch, "_openmp", lambda: None)
-        monkeypatch.setattr(launch, "START", 1)
+        monkeypatch.setattr(llvm, "_openmp", lambda: None)
+        monkeypatch.setattr(llvm, "START", 1)
     running = _thread._count()
-    size = launch.CHUNK + 5
+    size = llvm.CHUNK + 5
     params = [*parameters(0, torch.float32, [(size,), (0,), (7,)]), *parameters(1)]
     optimizer = RUNS[name](params)
     set_grads(params, 0)

@@ -16,8 +16,10 @@ import torch
 
 import fusedreg
 
-build: Any = importlib.import_module("fusedreg.kernels.cpu.compiler")
-engine: Any = importlib.import_module("fusedreg.kernels.cpu.loops")
+from cases import program
+
+compiler: Any = importlib.import_module("fusedreg.kernels.cpu.compiler")
+loops: Any = importlib.import_module("fusedreg.kernels.cpu.loops")
 store: Any = importlib.import_module("fusedreg.kernels.cpu.store")
 language: Any = importlib.import_module("fusedreg.kernels.device.language")
 rules: Any = importlib.import_module("fusedreg.kernels.device.rules")
@@ -239,22 +241,24 @@ def sources(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
         return compiled()
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "stored", keep)
+        patch.setattr(compiler, "stored", keep)
         for name, value in changes.items():
             module, _, attribute = name.partition("__")
-            patch.setattr({"build": build, "llvmlite": build.llvmlite}[module], attribute, value)
-        engine.norm_loop.__wrapped__(torch.float32)
+            patch.setattr(
+                {"compiler": compiler, "llvmlite": compiler.llvmlite}[module], attribute, value
+            )
+        loops.norm_loop.__wrapped__(torch.float32)
     return found[0]
 
 
 def test_another_compiler_or_cpu_means_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    name, features = build._processor()
+    name, features = compiler._processor()
     others = [
         sources(monkeypatch),
-        sources(monkeypatch, build__FORMAT=build.FORMAT + 1),
+        sources(monkeypatch, compiler__FORMAT=compiler.FORMAT + 1),
         sources(monkeypatch, llvmlite____version__="0.0.0"),
-        sources(monkeypatch, build___processor=lambda: (name, features + ",-avx512f")),
-        sources(monkeypatch, build___processor=lambda: ("generic", features)),
+        sources(monkeypatch, compiler___processor=lambda: (name, features + ",-avx512f")),
+        sources(monkeypatch, compiler___processor=lambda: ("generic", features)),
     ]
     assert sources(monkeypatch) == others[0]
     assert len(set(others)) == len(others)
@@ -275,21 +279,20 @@ def test_another_rule_means_another_file(folder: Path) -> None:
     edited.fn.__name__ = halved.fn.__name__
     for files, tile in ((1, halved), (1, halved), (2, edited)):
         rule = rules.Rule(rules.sgd_scalars, tile, 0)
-        kind = engine.Kind(rule, 0, None, None, False, *[torch.float32] * 3)
-        engine.step_loop.__wrapped__(kind, (), None, None, None)
+        loops.step_loop.__wrapped__(program(rule, torch.float32), scaled=False)
         assert len(list(folder.iterdir())) == files
 
 
 STEP = """
 import sys, torch, fusedreg
-from fusedreg.kernels.cpu import compiler as build
+from fusedreg.kernels.cpu import compiler
 compiled = 0
-optimised = build.optimised
+optimised = compiler.optimised
 def counting(text, machine):
     global compiled
     compiled += 1
     return optimised(text, machine)
-build.optimised = counting
+compiler.optimised = counting
 torch.manual_seed(0)
 w = torch.nn.Parameter(torch.randn(1000)); w.grad = torch.randn(1000)
 optimizer = fusedreg.AdamW([w], lr=0.1, l1=0.1, max_grad_norm=1.0)

@@ -361,18 +361,18 @@ def test_rate_of_zero_and_experts_of_other_gradient_dtypes_keep_the_plan() -> No
             param.grad = torch.ones(param.shape)
         optimizer.step()
         optimizer.param_groups[0]["lr"] = 0.1
-        plans.add(id(optimizer._plan))
+        plans.add(id(optimizer._stepper.plan))
     assert len(plans) == 1
 
 
 def test_plan_holds_while_nothing_moves() -> None:
     optimizer = fusedreg.AdamW(parameters(shapes=[(5,), (3,)]), fused=True, max_grad_norm=1.0)
     run(optimizer, 1)
-    plan = optimizer._plan
+    plan = optimizer._stepper.plan
     for lr in (0.1, 0.2, 0.3):
         optimizer.param_groups[0].update(lr=lr, weight_decay=lr / 2, betas=(lr, 0.9))
         run(optimizer, 1)
-    assert optimizer._plan is plan
+    assert optimizer._stepper.plan is plan
 
 
 def test_gradients_may_come_and_go_without_a_new_plan() -> None:
@@ -387,7 +387,7 @@ def test_gradients_may_come_and_go_without_a_new_plan() -> None:
                 if index not in present:
                     param.grad = None
             optimizer.step()
-        plans.append(fused._plan)
+        plans.append(fused._stepper.plan)
     assert_close(parameters_of(fused), parameters_of(reference), 8)
     counts = [optimizer.state[p]["step"] for optimizer in (fused, reference)
               for p in parameters_of(optimizer)]  # fmt: skip

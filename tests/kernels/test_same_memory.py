@@ -139,7 +139,7 @@ def test_freed_storage_is_refused(path: str, what: str) -> None:
 @each_case(EACH)
 def test_moved_tensors_are_followed_without_a_new_plan(case: Case, path: str) -> None:
     (optimizer, param), (stayed, twin) = begun(case, path), begun(case, path)
-    plan = optimizer._plan
+    plan = optimizer._stepper.plan
     for seed in range(3):
         for name, value in moments(optimizer, param).items():
             optimizer.state[param][name] = value.clone()
@@ -150,7 +150,7 @@ def test_moved_tensors_are_followed_without_a_new_plan(case: Case, path: str) ->
         stayed.step()
     assert frozen(param) == frozen(twin)
     assert frozen(optimizer.state[param]) == frozen(stayed.state[twin])
-    assert optimizer._plan is plan
+    assert optimizer._stepper.plan is plan
 
 
 def test_without_torchs_guards_every_tensor_is_looked_at(
@@ -165,9 +165,9 @@ def test_without_torchs_guards_every_tensor_is_looked_at(
 def test_what_torchs_guards_call_another_tensor_may_be_the_same(path: str) -> None:
     """They compare requires_grad and autocast too, which change nothing of memory."""
     optimizer, param = begun(PLAIN[fusedreg.Adam], path)
-    plan = optimizer._plan
+    plan = optimizer._stepper.plan
     param.requires_grad_(False)
     optimizer.step()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         optimizer.step()
-    assert optimizer._plan is plan
+    assert optimizer._stepper.plan is plan

@@ -24,6 +24,7 @@ from fusedreg.check.cases import (
     TORCH_CLASSES,
     Case,
 )
+from fusedreg.kernels.contract import FIRST_NUMBER, Program, Rule
 
 __all__ = [
     "CASES",
@@ -164,6 +165,24 @@ def run(optimizer: torch.optim.Optimizer, steps: int, first_seed: int = 1000) ->
     for seed in range(first_seed, first_seed + steps):
         set_grads(params, seed)
         optimizer.step()
+
+
+def program(rule: Rule, dtype: torch.dtype, states: int = 0) -> Program:
+    """What kernels of a rule are compiled for without penalties, counts and options."""
+    return Program(
+        rule=rule,
+        hooks=(),
+        states=states,
+        planes=(dtype,),
+        codec=None,
+        counts=(),
+        options=0,
+        line=FIRST_NUMBER,
+        param=dtype,
+        grad=dtype,
+        aligned=False,
+        layerwise=False,
+    )
 
 
 def ulp(dtype: torch.dtype, at: float = 1.0) -> float:

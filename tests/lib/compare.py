@@ -126,10 +126,19 @@ def results(optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     return seen["params"], seen["state"]
 
 
-def torchs_state(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """The state without the momentum mass, which also exists where a first step may be skipped."""
+def beyond_torch(cls: Any) -> set[str]:
+    """The counts of a class that torch's lacks: those that exist only where an option needs them.
+
+    The momentum mass is one, which also exists where a first step may be skipped.
+    """
+    return {*cls.counts} & {*cls.late_states}
+
+
+def torchs_state(optimizer: Any) -> list[Any]:
+    """The state without what torch lacks."""
     states = [optimizer.state.get(param, {}) for param in parameters_of(optimizer)]
-    return [frozen({n: s for n, s in each.items() if n != "momentum_mass"}) for each in states]
+    more = beyond_torch(optimizer)
+    return [frozen({n: s for n, s in each.items() if n not in more}) for each in states]
 
 
 def pair(case: Case, make: Any, **options: Any) -> tuple[Any, Any]:

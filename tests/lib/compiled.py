@@ -89,7 +89,7 @@ def _start(cache: Path) -> None:
         _made.append(original(self, *args, grid=grid, warmup=True, **options))
 
     JITFunction.run = run
-    backend.device_kernels = lambda device, fused: launch
+    backend.device_kernels = lambda device, fused: launch.BACKEND
 
 
 def _use(target: str) -> None:
@@ -182,29 +182,36 @@ def hashes_of_own(old: str, new: str) -> dict[str, str]:
     return {one.name: one.hash for one in made}
 
 
+KERNELS = ("rows_kernel", "squares_kernel", "fold_kernel", "step_kernel")
+
+
 @contextmanager
 def _edited(edit: tuple[str, str, str] | None) -> Iterator[None]:
-    """Take rules and penalties from copies of their files, one of them edited."""
-    from fusedreg.kernels.device import penalties, rules
+    """Take device functions, and the kernels that call them, from copies, one of them edited."""
+    from fusedreg.kernels.device import penalties, rules, step
     from fusedreg.kernels.gpu import backend as launch
+    from fusedreg.kernels.gpu import rows, walk
 
-    copies = {}
+    copies: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for module in (rules, penalties):
+        for module in (rules, penalties, step, rows, walk):
             name = module.__name__.rpartition(".")[2]
             source = inspect.getsource(module)
             if edit is not None and edit[0] == name:
                 assert source.count(edit[1]) == 1, f"{name}.py must have {edit[1]!r} once"
                 source = source.replace(edit[1], edit[2])
+            source = source.replace("fusedreg.kernels.device.step", "step_copy")
             copies[name] = _imported(Path(folder, f"{name}_copy.py"), source)
-        before = launch.known, launch.trust_ratio, launch.penalty
-        edited = copies["rules"]
-        launch.known, launch.trust_ratio = edited.known, edited.trust_ratio
-        launch.penalty = copies["penalties"]
+        names = ("rules", "penalties", *KERNELS)
+        before = {name: getattr(launch, name) for name in names}
+        kernels = {**vars(copies["rows"]), **vars(copies["walk"])}
+        for name in names:
+            setattr(launch, name, kernels[name] if name in KERNELS else copies[name])
         try:
             yield
         finally:
-            launch.known, launch.trust_ratio, launch.penalty = before
+            for name, usual in before.items():
+                setattr(launch, name, usual)
 
 
 def _imported(file: Path, source: str) -> Any:

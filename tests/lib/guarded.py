@@ -12,7 +12,6 @@ import ctypes
 import mmap
 import os
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,10 @@ if "fused" in sys.argv:
     import environment  # noqa: F401  # which has triton interpret, as in the suite
 
 from fusedreg.check.cases import DTYPES, PENALTIES, RULES, Case
-from fusedreg.kernels.cpu import backend
+from fusedreg.kernels.cpu.backend import BACKEND
+from fusedreg.kernels.device.rules import RULES as DEVICE_RULES
+
+from cases import program
 
 # Every tail of a vector and of a block of them; around a block (1,024) and a chunk of triton's
 # kernels; around a chunk of the CPU's, and of two.
@@ -144,9 +146,10 @@ def read_beside(by: int) -> None:
     guards = Guards()
     grad = guards.copy(torch.ones(1000), at_end=by > 0)
     address = grad.data_ptr() + by * grad.itemsize
-    table: Any = backend.build([[address]], [grad.numel()], [0], torch.device("cpu"))
+    table = BACKEND.build([[address]], [grad.numel()], [0], torch.device("cpu"))
     partials = torch.empty(1, dtype=torch.float64)
-    backend.norms(table, torch.tensor([address]), partials, 0, torch.float32, False)()
+    sgd = program(DEVICE_RULES["sgd"], torch.float32)
+    BACKEND.norms(sgd, table, torch.tensor([address]), partials, 0)()
     assert float(partials) == 1000**0.5
 
 

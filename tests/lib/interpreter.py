@@ -19,7 +19,6 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fusedreg.kernels import table
 from fusedreg.kernels.gpu import backend as kernels
 
 FLOATS = {tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64}
@@ -75,4 +74,4 @@ interpreter.InterpreterBuilder.cast_impl = cast_impl
 interpreter._patch_lang = patch_lang
 interpreter.GridExecutor.__call__ = launch
 interpreter._get_np_dtype = np_dtype
-kernels.CHUNK = table.CHUNK = 2048
+kernels.CHUNK = 2048

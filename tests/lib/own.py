@@ -5,6 +5,7 @@ Its device functions bear names that the package has too, and call some of its r
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 import fusedreg
 from fusedreg.kernels.device import rules
 from fusedreg.kernels.device.rules import Rule, adam_moments, square_root
+from fusedreg.scalars import Count
 
 FLOOR = tl.constexpr(0.25)
 
@@ -55,7 +57,7 @@ class Own(fusedreg.FusedOptimizer):
     """u = m / sqrt(max(v, m^2) + 1/4), and eps more where g > 0."""
 
     tensor_states = ("exp_avg", "exp_avg_sq")
-    scalar_states = ("step",)
+    counts = MappingProxyType({"step": Count()})
     device_options = ("beta", "eps")
     rule: Any = Rule(own_scalars, own, 4)
 
@@ -65,16 +67,15 @@ class Own(fusedreg.FusedOptimizer):
     def device_rule(self, group: Any) -> Any:
         return self.rule
 
-    def direction(self, settings: Any, state: Any, grad: Any) -> Any:
+    def update(self, settings: Any, state: Any, grad: Any) -> Any:
         beta, m, v = settings["beta"], state["exp_avg"], state["exp_avg_sq"]
+        step = state["step"] + 1
         m = m + (1 - beta) * (grad - m)
         v = beta * v + 0.5 * grad * grad
-        new = {"step": state["step"] + 1, "exp_avg": m, "exp_avg_sq": v}
-        return m * self._over_root(new) + torch.where(grad > 0, settings["eps"], 0.0), new
-
-    def gain(self, settings: Any, state: Any) -> Any:
-        return (1 - settings["beta"] ** state["step"]) * self._over_root(state)
-
-    def _over_root(self, state: Any) -> Any:
-        square = torch.maximum(state["exp_avg_sq"], state["exp_avg"].square()) + 0.25
-        return 1 / square.sqrt()
+        over_root = 1 / (torch.maximum(v, m.square()) + 0.25).sqrt()
+        direction = m * over_root + torch.where(grad > 0, settings["eps"], 0.0)
+        return (
+            direction,
+            (1 - beta**step) * over_root,
+            {"step": step, "exp_avg": m, "exp_avg_sq": v},
+        )

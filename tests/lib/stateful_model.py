@@ -99,15 +99,20 @@ def names_of(cls: Any, options: Options) -> tuple[str, ...]:
     return tuple(name for name in cls.tensor_states if wanted.get(name, True))
 
 
+def always_counted(cls: Any) -> set[str]:
+    """The counts that every parameter has after its first step."""
+    return {*cls.counts} - {*cls.late_states}
+
+
 def initial(cls: Any, options: Options, state: Options) -> dict[str, float]:
     """What a step creates where the state lacks it; a moment is filled with its number."""
     found: dict[str, float] = {}
     for name in names_of(cls, options):
         if name not in state:
             found[name] = options["initial_accumulator_value"] if name == "sum" else 0.0
-    if "step" in cls.scalar_states and "step" not in state:
-        found["step"] = 0.0
-    if "momentum_mass" in cls.scalar_states and "momentum_mass" not in state:
+    for name in always_counted(cls) - state.keys():
+        found[name] = cls.counts[name].first
+    if "momentum_mass" in cls.counts and "momentum_mass" not in state:
         momentum, dampening = options["momentum"], options.get("dampening", 0.0)
         buffer = state.get("momentum_buffer")
         if momentum and (is_thresholded(options) or (buffer is None and dampening)):
@@ -134,8 +139,8 @@ def step(
         moment = complete[name]
         number = not isinstance(moment, Tensor)
         history[name] = Interval.of(moment, kind) if number else _read(moment, kind)
-    if "step" in cls.scalar_states:
-        history["step"] = Count(complete["step"])
+    for name in always_counted(cls):
+        history[name] = Count(complete[name])
     keeps_mass = "momentum_mass" in complete and options["momentum"] != 0
     if keeps_mass:
         history["momentum_mass"] = float(complete["momentum_mass"])
@@ -146,8 +151,8 @@ def step(
 
     w_new = _around(cls, options, start, g, history, kind)
     moved = {name: history[name] for name in names}
-    if "step" in cls.scalar_states:
-        moved["step"] = float(history["step"])
+    for name in always_counted(cls):
+        moved[name] = float(history[name])
     if keeps_mass:
         moved["momentum_mass"] = float(history["momentum_mass"])
     # A moment that is too large for its dtype is infinite, and what that does to w is not said.

@@ -203,7 +203,7 @@ class Program:
 
     def check_states(self) -> None:
         """Each state has its parameter, names of its class, and counts that are whole numbers."""
-        allowed = {*self.cls.tensor_states, *self.cls.scalar_states}
+        allowed = {*self.cls.tensor_states, *self.cls.counts}
         assert {id(p) for p in self.optimizer.state} <= {id(p) for p in self.params}
         for param in self.params:
             state = self.state_of(param)
@@ -235,7 +235,7 @@ class Program:
         state = self.state_of(param)
         moments = [state[name] for name in self.cls.tensor_states if name in state]
         moments = [x for x in moments if x is not None]  # as after a reset
-        counts = [state[name] for name in self.cls.scalar_states if name in state]
+        counts = [state[name] for name in self.cls.counts if name in state]
         return (
             not (param.grad is not None and param.grad.is_neg())
             and len({x.dtype for x in moments}) <= 1
@@ -280,7 +280,7 @@ class Program:
     @property
     def is_whole(self) -> bool:
         """Whether each parameter has all states that its class asks of a file, or none."""
-        needed = {*self.cls.tensor_states, *self.cls.scalar_states} - {*self.cls.late_states}
+        needed = {*self.cls.tensor_states, *self.cls.counts} - {*self.cls.late_states}
         states = [self.state_of(p).keys() for p in self.params]
         return all(needed <= state or not state for state in states)
 
@@ -553,7 +553,7 @@ class Program:
         """None, a number or two numbers in the place of a state: refused, or understood."""
         param = self.params[index]
         state = self.optimizer.state.get(param, {})
-        names = [n for n in sorted(state) if value is None or n in self.cls.scalar_states]
+        names = [n for n in sorted(state) if value is None or n in self.cls.counts]
         if not names:
             return
         name = names[which % len(names)]
@@ -648,7 +648,7 @@ class Program:
 
     def torch_has_an_equal(self) -> bool:
         groups = [model.options_of(group) for group in self.optimizer.param_groups]
-        needed = {*self.cls.scalar_states} & {"step"}
+        needed = model.always_counted(self.cls)
         begun = all(
             needed | {*model.names_of(self.cls, self.options_of(p))} <= self.state_of(p).keys()
             for p in self.params

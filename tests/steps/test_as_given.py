@@ -69,8 +69,7 @@ def test_an_option_of_the_optimizer_may_be_repeated_as_wrappers_do(path: str) ->
         optimizer.step()
 
 
-@ways
-@pytest.mark.parametrize(
+misspelt = pytest.mark.parametrize(
     ("key", "option"),
     [
         ("weightdecay", "weight_decay"),  # one letter less
@@ -81,9 +80,20 @@ def test_an_option_of_the_optimizer_may_be_repeated_as_wrappers_do(path: str) ->
         ("maximise", "maximize"),  # another one
     ],
 )
-def test_a_misspelt_key_is_named_once(path: str, key: str, option: str, way: str) -> None:
+
+
+@misspelt
+def test_a_misspelt_key_of_a_new_group_is_refused(path: str, key: str, option: str) -> None:
+    words = rf"^Invalid key in a param group: {key!r} .* did you mean {option!r}\?"
+    for way in ("constructed", "added"):
+        with pytest.raises(ValueError, match=words):
+            optimizer_of(fusedreg.SGD, path, way, **{key: 0.5})
+
+
+@misspelt
+def test_a_misspelt_key_that_appears_later_is_named_once(path: str, key: str, option: str) -> None:
     with warnings.catch_warnings(record=True, action="always") as seen:
-        optimizer = optimizer_of(fusedreg.SGD, path, way, **{key: 0.5})
+        optimizer = optimizer_of(fusedreg.SGD, path, "set", **{key: 0.5})
         for _ in range(2):
             run(optimizer, 1)
         optimizer.load_state_dict(optimizer.state_dict())
@@ -245,7 +255,7 @@ def test_a_momentum_buffer_of_none_begins_anew(
     torch.testing.assert_close(param, torchs, rtol=0, atol=1e-15)  # 4 ulp
 
 
-@pytest.mark.parametrize("cls", [c for c in CLASSES if c.scalar_states and c is not fusedreg.SGD])
+@pytest.mark.parametrize("cls", [c for c in CLASSES if "step" in c.counts])
 @pytest.mark.parametrize("value", [0, 7, 2.0, numpy.float64(3), numpy.int64(4), None])
 def test_a_number_as_step_counts_on(cls: Any, path: str, value: Any) -> None:
     optimizer, param = stepped(cls, path)

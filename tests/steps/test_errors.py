@@ -381,7 +381,7 @@ def test_parameter_without_a_name_is_given_by_its_index(cls: type, path: str) ->
     [
         (cls, mode)
         for cls in CLASSES
-        for mode in fusedreg.checks.L1_MODES
+        for mode in fusedreg.penalties.l1.TERMS
         if mode != "prox" or cls not in WITHOUT_PROX
     ],
 )

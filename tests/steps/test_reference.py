@@ -142,9 +142,9 @@ def test_a_rule_without_a_device_rule_sees_the_whole() -> None:
         def device_rule(self, group: Any) -> Any:
             return None
 
-        def direction(self, settings: Any, state: Any, grad: Tensor) -> Any:
+        def update(self, settings: Any, state: Any, grad: Tensor) -> Any:
             assert grad.shape == (30, 11)
-            return grad / grad.norm(), {}
+            return grad / grad.norm(), 1.0, {}
 
     params = parameters(shapes=[(30, 11)])
     before = params[0].detach().clone()
@@ -345,8 +345,9 @@ def test_a_rule_may_exchange_its_states(path: str) -> None:
         def device_rule(self, group: Any) -> Any:
             return None
 
-        def direction(self, settings: Any, state: Any, grad: Tensor) -> Any:
-            return state["first"] + grad, {"first": state["second"], "second": state["first"]}
+        def update(self, settings: Any, state: Any, grad: Tensor) -> Any:
+            new = {"first": state["second"], "second": state["first"]}
+            return state["first"] + grad, 1.0, new
 
     params = parameters(shapes=[(7,)])
     optimizer = Exchanging(params, {"lr": 0.5}, fused=False)

@@ -29,7 +29,7 @@ from cases import (
     set_grads,
     tensors,
 )
-from compare import assert_close, default_dtype, neighbours_apart, snapshot
+from compare import assert_close, beyond_torch, default_dtype, neighbours_apart, snapshot
 
 # torch's own list of configurations. Those for "cuda" include those for "cpu", with tensor lr and
 # betas besides, and making the list needs no GPU.
@@ -246,7 +246,7 @@ def layout(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -
         {
             name: (state.dtype, state.shape, state.stride(), state.device)
             for name, state in optimizer.state[param].items()
-            if name != "momentum_mass"
+            if name not in beyond_torch(optimizer)
         }
         for param in params
         if param in optimizer.state

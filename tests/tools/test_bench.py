@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor, Future
 from functools import partial
 from itertools import product
 from math import prod
@@ -157,7 +158,7 @@ def test_rare_methods_come_after_the_usual_ones(bench: Any) -> None:
     assert found[: len(quick)] == quick
     assert [job.method for job in found[len(quick) + 1 :]][: len(rare)] == rare
     every = {(job.model, job.method, job.dtype, job.clip) for job in found if job.kind == "model"}
-    axes = (bench("shapes").MODELS, methods.METHODS, methods.DTYPES, (True, False))
+    axes = (bench("jobs").MODELS, methods.METHODS, methods.DTYPES, (True, False))
     assert every == set(product(*axes))
 
 
@@ -242,9 +243,10 @@ def test_a_target_is_missed_where_our_results_differ_and_told_where_torchs_do(
 ) -> None:
     module = bench("targets")
     monkeypatch.setitem(module.MAKERS, who, unclipped(bench("contenders"), None))
-    setting = module.Setting(bench("shapes").TINY["tiny"], machine_of(bench))
+    shapes, machine = bench("jobs").TINY["tiny"], machine_of(bench)
+    setting = bench("verify").Setting(shapes, torch.float32, machine.device)
     arms = module.Arm("torch fused", "AdamW"), module.Arm("fusedreg", "AdamW")
-    row = module.measured(module.Target("tiny", *arms, 0.0, True), lambda: setting, setting.machine)
+    row = module.measured(module.Target("tiny", *arms, 0.0, True), lambda: setting, machine)
     assert row["verdict"].startswith(verdict)
     assert ("value" in row) == (who != "fusedreg")
 
@@ -253,7 +255,7 @@ def test_no_arm_always_follows_the_other(bench: Any) -> None:
     measure = bench("measure")
     called: list[str] = []
     timed = {
-        (name, part): measure.Timed(lambda text=f"{name}{part}": called.append(text))
+        (name, part): lambda text=f"{name}{part}": called.append(text)
         for name, part in (("A", "1"), ("A", "2"), ("B", "1"))
     }
     times = measure.rounds(timed, machine_of(bench), partial(called.append, "-"), least=3)
@@ -354,7 +356,7 @@ def machine_of(bench: Any) -> Any:
 
 def by_name(bench: Any, comparison: ModuleType, job: Any, makers: Any) -> dict[str, Any]:
     machine = machine_of(bench)
-    shapes = bench("shapes").TINY[job.model]
+    shapes = bench("jobs").TINY[job.model]
     return {row["implementation"]: row for row in comparison.compare(job, shapes, makers, machine)}
 
 
@@ -365,7 +367,7 @@ def test_rare_methods_are_timed_beside_whoever_has_them(
     contenders, comparison = bench("contenders"), bench("comparison")
     monkeypatch.setattr(contenders, "OTHERS", {})
     job = bench("jobs").Job("model", "tiny in 2 groups", method)
-    shapes = bench("shapes").TINY[job.model]
+    shapes = bench("jobs").TINY[job.model]
     makers, missing = comparison.participants(job, shapes, machine_of(bench))
     assert missing == {}
     rows = by_name(bench, comparison, job, makers)
@@ -384,16 +386,27 @@ def test_rare_methods_are_timed_beside_whoever_has_them(
 
 
 def test_another_commit_may_lack_a_method(bench: Any, tmp_path: Path) -> None:
-    """As the worker says it, which has then written no parameters; those of before do not count."""
-    Job, versions, worker = bench("jobs").Job, bench("versions"), bench("worker")
+    """As its process says, which then writes no parameters; those of before do not count."""
+    versions, machine = bench("versions"), machine_of(bench)
+    machine.dry = True
     (tmp_path / "base.pt").touch()
-    workers = {
-        name: lambda _, results, **job: worker.Worker(dry=True).make(results=results, **job)
-        for name in ("base", "this")
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(worker.fusedreg, "Lion")
-        row = versions.one(Job("model", "tiny", "Lion"), workers, tmp_path, machine_of(bench))
+
+    class Here(Executor):
+        """Calls at once; the base has no Lion."""
+
+        def __init__(self, lacks: tuple[str, ...] = ()) -> None:
+            self.lacks = lacks
+
+        def submit(self, call: Any, *arguments: Any) -> Any:
+            done: Future[Any] = Future()
+            with pytest.MonkeyPatch.context() as patch:
+                for name in self.lacks:
+                    patch.delattr(versions.fusedreg, name)
+                done.set_result(call(*arguments))
+            return done
+
+    workers = {"base": Here(lacks=("Lion",)), "this": Here()}
+    row = versions.one(bench("jobs").Job("model", "tiny", "Lion"), workers, tmp_path, machine)
     assert row["verdict"] == "base: has no Lion"
     assert row["bitwise_equal"] is False
 
@@ -411,7 +424,28 @@ def test_another_commit_is_timed_in_turns_with_this_tree(tmp_path: Path) -> None
         assert row["ratio"]["median"] == ratio  # of the one round of a dry run
 
 
-@pytest.mark.parametrize("module", ["measure", "methods", "report", "verify"])
+def test_bits_that_differ_are_told(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bits, zero = bench("bits"), torch.zeros(2)
+    same = {"parameter 0": bits.digest(zero), "step 0": bits.digest(torch.tensor(3.0))}
+    commits = [
+        {"adam": same, "lion": same, "lamb": same},
+        {"adam": same, "lion": {**same, "parameter 0": bits.digest(-zero)}, "sgd": same},
+    ]
+    monkeypatch.setattr(bits, "digests_of", lambda *_: commits.pop(0))
+    monkeypatch.setattr(sys, "argv", ["bits.py", "--base", "HEAD"])
+    with pytest.raises(SystemExit, match="1"):
+        bits.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "lion:  parameter 0",
+        "lamb: only in HEAD",
+        "sgd: only in this tree",
+        "2 programs in both, 1 of them differ in some bit",
+    ]
+
+
+@pytest.mark.parametrize("module", ["measure", "methods", "page", "report", "verify"])
 def test_examples_in_docstrings(bench: Any, module: str) -> None:
     failed, tried = doctest.testmod(bench(module))
     assert tried > 0
@@ -430,7 +464,7 @@ def test_examples_in_docstrings(bench: Any, module: str) -> None:
     ],
 )
 def test_models_have_their_sizes(bench: Any, model: str, parameters: int, tensors: int) -> None:
-    groups = bench("shapes").MODELS[model]
+    groups = bench("jobs").MODELS[model]
     shapes = [shape for group in groups for shape in group]
     assert (sum(map(prod, shapes)), len(shapes)) == (parameters, tensors)
 

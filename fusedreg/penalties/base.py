@@ -1,0 +1,111 @@
+"""What a penalty is: options of a param group, and what they add to a step.
+
+A penalty acts at up to three stages of a step. Each stage has two forms, which must agree: a method
+here, in torch operations, for the reference path, and a device function for the kernels, which
+`terms` names. Without an override a stage does nothing.
+
+    gradient   adds to the gradient of the loss, before the rule sees it
+    decay      the coefficient c of w = w * (1 - rate * c), before the step
+    prox       the proximal operator, after the step
+
+`rate` is lr, times the trust ratio of a layerwise rule. `value` and `subdifferential` say what the
+penalty is as a function of the weights, so that `kkt_distance` can tell how far they are from an
+optimum. An optimizer lists its penalties in the class attribute `penalties`; so a subclass adds
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from fusedreg.kernels.contract import DeviceFunction, Stage
+from fusedreg.scalars import Number
+from fusedreg.types import Settings
+
+
+class NoOptions(TypedDict):
+    """Of a penalty that has none."""
+
+
+class Term(NamedTuple):
+    """What a penalty asks of the kernels for one param group."""
+
+    stage: Stage
+    function: DeviceFunction | str
+    """The device function, or its name in kernels/device/penalties.py."""
+    numbers: tuple[Number, ...]
+    """What it takes. They must not depend on lr. Groups without the penalty have zeros instead."""
+
+
+class Penalty:
+    """Base class: a penalty that does nothing."""
+
+    options: ClassVar[type] = NoOptions
+    """A TypedDict that declares its options; see options.py."""
+
+    def check_param(self, group: Settings, param: Tensor) -> str | None:
+        """Why a parameter cannot be in this group, None where it can."""
+        return None
+
+    def terms(self, group: Settings) -> Iterable[Term]:
+        """What kernels must do for this group: nothing where the penalty is off."""
+        return ()
+
+    def gradient(self, settings: Settings, grad: Tensor, w: Tensor) -> Tensor:
+        """The gradient with that of the penalty."""
+        return grad
+
+    def decay(self, settings: Settings, w: Tensor, direction: Tensor) -> Number:
+        """The coefficient of the decoupled decay."""
+        return 0.0
+
+    def prox(self, settings: Settings, w: Tensor, rate: Number, gain: Number) -> Tensor:
+        """The weights after the proximal step.
+
+        Args:
+            settings: the options of the group.
+            w: the weights after the step of the rule.
+            rate: lr, times the trust ratio of a layerwise rule.
+            gain: what the rule made of a constant gradient of 1, a number or a tensor like `w`. The
+                fixed point minimises loss + penalty where rate * gain is the proximal step size.
+        """
+        return w
+
+    def value(self, settings: Settings, w: Tensor) -> Tensor:
+        """The penalty of the weights, a 0-dim tensor."""
+        return w.new_zeros(())
+
+    def subdifferential(self, settings: Settings, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest subgradient of the penalty at each coordinate."""
+        nothing = torch.zeros_like(w)
+        return nothing, nothing
+
+
+def kkt_distance(
+    penalties: Iterable[Penalty], settings: Settings, w: Tensor, grad: Tensor
+) -> Tensor:
+    """How far each coordinate is from being optimal for the loss plus all penalties.
+
+    It is the distance between -grad and the sum of the subdifferentials, an interval.
+
+    Args:
+        penalties: those of an optimizer.
+        settings: the options of the param group.
+        w: the parameters.
+        grad: gradient of the loss alone at `w`, same shape.
+
+    >>> from fusedreg.penalties import L1, L2
+    >>> group = {"l1": 1.0, "l1_mode": "prox", "weight_decay": 0.0, "decoupled_weight_decay": False}
+    >>> w, grad = torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 3.0])
+    >>> kkt_distance([L1(), L2()], group, w, grad).tolist()
+    [0.0, 2.0]
+    """
+    low, high = torch.zeros_like(w), torch.zeros_like(w)
+    for penalty in penalties:
+        lowest, highest = penalty.subdifferential(settings, w)
+        low, high = low + lowest, high + highest
+    return torch.maximum(grad + low, -(grad + high)).clamp(min=0)

@@ -90,7 +90,7 @@ FAULTS = [
     Fault("reference: lr of 0 moves", REFERENCE_STEP, "skip | (lr == 0)", "skip", STEP),
     Fault("reference: a skip changes moments", REFERENCE_STEP, "stepped += [(plane, x, skip) for", "stepped += [(plane, x, False) for", AMP),
     Fault("reference: lr of 0 rewrites", REFERENCE_STEP, "if keep is not True and isinstance(target, Tensor)", "if isinstance(target, Tensor)", STEP),
-    Fault("independent decay is forgotten", L2, "if not group[\"lr_independent_decay\"]:", "if True:", DECAY),
+    Fault("independent decay is forgotten", L2, "group[\"lr_independent_decay\"]:\n        return weight_decay", "False:\n        return weight_decay", DECAY),
     Fault("soft threshold is hard", PENALTY, "return torch.sgn(x) * (modulus - threshold).clamp(min=0) + 0.0", "return torch.where(modulus > threshold, x, 0.0)", "steps/test_penalty.py"),
     Fault("subgradient at 0 is 1", PENALTY, "torch.where(w.isnan(), w, torch.sgn(w))", "torch.where(w < 0, -1.0, 1.0).to(w)", "steps/test_penalty.py"),
     # ---- norms, clipping, scaling, ranks

@@ -80,7 +80,7 @@ FAULTS = [
     Fault("threshold grows negative weights", PENALTIES, "w + threshold, small", "w - threshold, small", CPU),
     # ---- reference
     Fault("reference: averages are doubled", MOMENTUM, "half, half_new = 0.5 * old, 0.5 * new", "half, half_new = old, new", REFERENCE),
-    Fault("reference: mass of a skipped first step is warm", MOMENTUM, "return torch.where(has_moved, mass + (1 - dampening) / (1 - momentum), mass)", "return mass + (1 - dampening) / (1 - momentum)", f"{AMP} {STATE} steps/test_options.py"),
+    Fault("reference: a buffer of zeros is warm", MOMENTUM, "return torch.where(has_moved, mass + (1 - dampening) / (1 - momentum), mass)", "return mass + (1 - dampening) / (1 - momentum)", f"{AMP} {STATE} steps/test_options.py"),
     Fault("reference: bias correction left out", ADAM, "direction = m / denominator / (1 - beta1**step)", "direction = m / denominator", REFERENCE),
     Fault("reference: centered without centre", RMSPROP, "variance = (v - a * a).clamp(min=0)", "variance = v", REFERENCE),
     Fault("reference: maximize ignored", REFERENCE_STEP, "if settings[\"maximize\"]:", "if False:", REFERENCE),

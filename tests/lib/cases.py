@@ -55,9 +55,9 @@ PROPERTY_CASES = [
 # Of each class its first rule without a penalty, and, where the formula does not matter, one case
 # with all it has: the last of the rules that have the most options.
 PLAIN = {case.cls: case for case in reversed(CASES) if case.penalty == "none"}
-ELASTIC_NETS = [case for case in CASES if case.penalty == "elastic_net"]
+_ELASTIC_NETS = [case for case in CASES if case.penalty == "elastic_net"]
 SOME = [
-    sorted((c for c in ELASTIC_NETS if c.cls is cls), key=lambda case: len(case.kwargs))[-1]
+    sorted((c for c in _ELASTIC_NETS if c.cls is cls), key=lambda case: len(case.kwargs))[-1]
     for cls in CLASSES
 ]
 FULL = {case.cls: case for case in SOME}
@@ -73,7 +73,7 @@ def _device_rule(case: Case) -> tuple[type, Any]:
 
 
 # Every device function: each rule's once with the elastic net, and each penalty's with Adam.
-_FIRST = {_device_rule(case): case for case in reversed(ELASTIC_NETS)}
+_FIRST = {_device_rule(case): case for case in reversed(_ELASTIC_NETS)}
 KERNEL_CASES = [case for case in CASES if case.rule == "adam" or case in _FIRST.values()]
 
 
@@ -104,14 +104,15 @@ def each_case(
     On the paths in `all_on` it runs with all of them. A case that is not in the table always runs.
     A test that takes no `path` counts as one of "reference". Cases that run the code of others are
     slow, so that `make test` leaves them out: of each class one rule remains, and each penalty with
-    Adam, and on the paths in `all_on` every rule.
+    Adam. On the paths in `all_on` PROPERTY_CASES remain, which have every rule, and each penalty
+    with a rule of each kind.
     """
     cases, whole = list(cases), set(all_on)
 
     def params(path: str, *more: str) -> list[Any]:
         taken = CASES if path in whole else ON_PATH[path]
         few = INTERPRETED_CASES if path in {"reference", "default"} else SOME
-        quick = [*few, *ELASTIC_NETS] if path in whole else few
+        quick = PROPERTY_CASES if path in whole else few
         return [
             pytest.param(
                 *(case, *more),

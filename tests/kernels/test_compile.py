@@ -21,7 +21,10 @@ BY_ID = {case.id: case for case in CASES}
 # Every device function in every dtype for one GPU, for the others in those that most people train
 # in. What differs there is how many registers it takes, most in float64, which one rule shows.
 GATE = [
-    (case, target, dtype)
+    pytest.param(
+        *(case, target, dtype),
+        marks=[] if target == "sm_90" and dtype == torch.float32 else pytest.mark.slow,
+    )
     for case in KERNEL_CASES
     for target in TARGETS
     for dtype in DTYPES
@@ -166,6 +169,7 @@ def test_step(binaries: Compile, case: Case, target: str, dtype: torch.dtype) ->
     check(binaries(case, dtype, target), case, dtype, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("penalty", LAMB)
 def test_any_penalty_in_both_kernels_of_a_layerwise_step(

@@ -200,8 +200,17 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("threaded", ["one thread", "openmp", "own threads"])
-@pytest.mark.parametrize("name", RUNS)
+# Each of these takes some hundred steps. In one of them every kind of launch stands.
+EVERY_RUN = [
+    pytest.param(
+        *(name, threaded), marks=[] if (name, threaded) == ("LAMB", "openmp") else pytest.mark.slow
+    )
+    for name in RUNS
+    for threaded in ("one thread", "openmp", "own threads")
+]
+
+
+@pytest.mark.parametrize(("name", "threaded"), EVERY_RUN)
 def test_a_parameter_is_stepped_with_its_states_or_not_at_all(
     name: str, threaded: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,29 +102,34 @@ def each_case(
     """Run a test with those of the `cases` that ON_PATH has, and on each path if it takes `path`.
 
     On the paths in `all_on` it runs with all of them. A case that is not in the table always runs.
-    A test that takes no `path` counts as one of "reference".
+    A test that takes no `path` counts as one of "reference". Cases that run the code of others are
+    slow, so that `make test` leaves them out: of each class one rule remains, and each penalty with
+    Adam. On the paths in `all_on` PROPERTY_CASES remain, which have every rule, and each penalty
+    with a rule of each kind.
     """
     cases, whole = list(cases), set(all_on)
 
-    def chosen(path: str) -> list[Case]:
+    def params(path: str, *more: str) -> list[Any]:
         taken = CASES if path in whole else ON_PATH[path]
-        return [case for case in cases if case in taken or case not in CASES]
+        few = INTERPRETED_CASES if path in {"reference", "default"} else SOME
+        quick = PROPERTY_CASES if path in whole else few
+        return [
+            pytest.param(
+                *(case, *more),
+                id="-".join([case.id, *more]),
+                marks=[pytest.mark.slow] if case in CASES and case not in quick else [],
+            )
+            for case in cases
+            if case in taken or case not in CASES
+        ]
 
     def decorate(test: Any) -> Any:
         if "path" in inspect.signature(test).parameters:
-            pairs = [_param(case, path, case, path) for path in paths for case in chosen(path)]
+            pairs = [param for path in paths for param in params(path, path)]
             return pytest.mark.parametrize(("case", "path"), pairs, indirect=["path"])(test)
-        alone = [_param(case, "reference", case) for case in chosen("reference")]
-        return pytest.mark.parametrize("case", alone)(test)
+        return pytest.mark.parametrize("case", params("reference"))(test)
 
     return decorate
-
-
-def _param(case: Case, path: str, *values: Any) -> Any:
-    """Of the cases that run the same code, all but one are slow."""
-    few = INTERPRETED_CASES if path in {"reference", "default"} else SOME
-    marks = [pytest.mark.slow] if case in CASES and case not in few else []
-    return pytest.param(*values, id="-".join([case.id, *values[1:]]), marks=marks)
 
 
 # Odd sizes, a size above any SIMD block, empty first, in the middle and last, and 0-dim.

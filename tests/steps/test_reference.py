@@ -319,6 +319,7 @@ def check_every_interruption(
     assert seen == {(False, False), (True, False), (True, True)}
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover  # which traces too
 @pytest.mark.parametrize("steps_before", [0, 1])
 @each_case(INTERRUPTED)

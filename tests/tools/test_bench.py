@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # a minute of dry runs, which measure the package and do not test it
+
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
 

@@ -569,8 +569,8 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
-        # Addresses are of this process and these tensors: a copy makes its own plan. One that loads a
-        # file keeps those that CUDA graphs were captured with, which may be replayed.
+        # Addresses are of this process and these tensors: a copy makes its own plan. One that
+        # loads a file keeps those that CUDA graphs were captured with, which may be replayed.
         if "_stepper" in vars(self):
             self._stepper.forget()
         else:

@@ -358,10 +358,13 @@ def test_kernels_that_were_not_asked_for_fail(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("penalty", ["decay", "l1_prox"])
 def test_a_wrong_formula_is_noticed(penalty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch.optim has no equal: the yardstick shares no code with the package."""
-    usual = fusedreg.optimizers.adam._denominator
-    monkeypatch.setattr(
-        fusedreg.optimizers.adam, "_denominator", lambda *args: usual(*args) * (1 + 1e-12)
-    )
+    usual = fusedreg.Adam.update
+
+    def wrong(*args: Any) -> Any:
+        direction, gain, state = usual(*args)
+        return direction / (1 + 1e-12), gain / (1 + 1e-12), state
+
+    monkeypatch.setattr(fusedreg.Adam, "update", wrong)
     for step in accuracy.problems([BY_ID[f"adam-{penalty}"]], [torch.float64]):
         (failure,) = measure(step, REFERENCE).failures
         assert re.fullmatch(r"error .* ulp, bound .*", failure)

@@ -101,7 +101,8 @@ def test_a_step_is_projected(path: str, cls: Any, dtype: torch.dtype) -> None:
             for param, other in zip(ours, free, strict=True):
                 other.clamp_(-0.5, 0.5)
                 assert torch.equal(param, other)
-    assert any((param.abs() == 0.5).any() for param in ours)
+                reached |= bool((param.abs() == 0.5).any())
+    assert reached
     assert optimizer.backend == twin.backend
     assert optimizer.launches == twin.launches
 

@@ -97,6 +97,11 @@ def host_kernels() -> Backend | None:
     return _backend("fusedreg.kernels.cpu.backend")
 
 
+def compile_for_host() -> None:
+    """Compile one kernel of a CPU; raises whatever a broken llvmlite raises only then."""
+    importlib.import_module("fusedreg.kernels.cpu.loops").norm_loop(torch.float32)
+
+
 def _backend(module: str) -> Backend:
     found: Backend = importlib.import_module(module).BACKEND
     return found

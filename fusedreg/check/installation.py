@@ -16,7 +16,6 @@ import torch
 
 from fusedreg import backend
 from fusedreg.machine import versions
-from fusedreg.optimizers.sgd import SGD
 
 TORCH_FLOOR = (2, 7)
 """The oldest torch that the package declares."""
@@ -108,9 +107,7 @@ def _host() -> Iterator[Finding]:
         yield Finding("llvm", False, what, cure)
         return
     try:
-        param = torch.nn.Parameter(torch.zeros(1))
-        param.grad = torch.zeros(1)
-        SGD([param]).step()
+        backend.compile_for_host()
     except Exception as error:  # whatever a broken llvmlite raises only now
         yield Finding(
             "llvm",

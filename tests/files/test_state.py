@@ -413,16 +413,6 @@ def test_a_copy_keeps_hooks_of_its_own(duplicate: Callable[[Any], Any]) -> None:
     assert twin.calls == 4 + 3 + 2
 
 
-def test_a_pickle_of_the_first_release_keeps_its_attributes() -> None:
-    now = fusedreg.AdamW(parameters(shapes=SHAPES)).__getstate__()
-    del now["_own"]
-    old = {**now, "_max_grad_norm": 2.0, "_skip_nonfinite": True, "_skipped_steps": torch.tensor(3)}
-    optimizer = fusedreg.AdamW.__new__(fusedreg.AdamW)
-    optimizer.__setstate__(old)
-    assert (optimizer.max_grad_norm, optimizer.skip_nonfinite) == (2.0, True)
-    assert optimizer.skipped_steps == 3
-
-
 def test_a_pickle_that_lacks_group_options_is_filled_up() -> None:
     optimizer = fusedreg.AdamW(parameters(shapes=SHAPES), max_grad_norm=0.5)
     run(optimizer, 1)

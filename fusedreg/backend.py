@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 
 import torch
@@ -22,7 +22,7 @@ from fusedreg.contract import UpdateRule
 from fusedreg.dist import is_sharded_alike, local
 from fusedreg.formats import Format, Plain
 from fusedreg.kernels.contract import Backend
-from fusedreg.types import Settings
+from fusedreg.types import ParamGroup, Settings
 
 FLOOR = (3, 3)
 """The oldest triton that compiles and interprets the kernels."""
@@ -126,6 +126,14 @@ def device_kernels(device: torch.device, fused: bool | None) -> Backend | None:
 def kernels_of(rule: UpdateRule, group: Settings, param: Tensor) -> Backend | None:
     """What steps a parameter of an optimizer, None for the reference path."""
     return None if rule.device_rule(group) is None else kernels_for(param, group["fused"])
+
+
+def names_of(rule: UpdateRule, groups: Iterable[ParamGroup]) -> str:
+    """What steps the parameters: "triton", "llvm", "reference", or several, with "and"."""
+    backends = (kernels_of(rule, group, param) for group in groups for param in group["params"])
+    found = {"reference" if kernels is None else kernels.name for kernels in backends}
+    order = ("triton", "llvm", "reference")
+    return " and ".join(name for name in order if name in found) or "reference"
 
 
 def kernels_for(param: Tensor, fused: bool | None) -> Backend | None:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,11 +24,16 @@ else:  # constructors name it in their signature
 
 from fusedreg.scalars import wide_dtype
 
+Mesh: TypeAlias = Any
+"""A torch.distributed.DeviceMesh, which not every build of torch has; None for no mesh."""
+Where: TypeAlias = tuple[Mesh, tuple[Any, ...]]
+"""The mesh and the placements of a DTensor."""
+
 
 class Spread(NamedTuple):
     """How the elements of a parameter are spread over ranks; in other dimensions are copies."""
 
-    mesh: Any
+    mesh: Mesh
     """torch.distributed.DeviceMesh"""
     dims: tuple[int, ...]
     """Dimensions of the mesh along which each rank has another part."""
@@ -50,13 +55,13 @@ def whole(value: Tensor) -> Tensor:
     return full
 
 
-def where_of(tensor: Any) -> Any:
+def where_of(tensor: object) -> Where | None:
     """Mesh and placements of a DTensor, which say what part is where; None for other tensors."""
     placements = getattr(tensor, "placements", None)
-    return None if placements is None else (tensor.device_mesh, placements)
+    return None if placements is None else (mesh_of(tensor), placements)
 
 
-def mesh_of(tensor: Any) -> Any:
+def mesh_of(tensor: object) -> Mesh:
     """The mesh of a DTensor; None for other tensors."""
     return getattr(tensor, "device_mesh", None)
 
@@ -79,7 +84,7 @@ def sharded_as(param: Any, other: Any) -> Tensor:
     return alike
 
 
-def spread_of(param: Any) -> Spread | None:
+def spread_of(param: Tensor) -> Spread | None:
     """How a parameter is spread over ranks; None for one that is not, as far as is known."""
     where = where_of(param)
     if where is None:
@@ -92,7 +97,7 @@ def spread_of(param: Any) -> Spread | None:
 # ---- norms over ranks --------------------------------------------------------------------------
 
 
-def total_norm(norms: Mapping[Spread | None, Tensor], group: Any) -> Tensor:
+def total_norm(norms: Mapping[Spread | None, Tensor], group: ProcessGroup | None) -> Tensor:
     """The norm over all ranks, from the norms of what each of them has.
 
     All ranks must call it with the same spreads in the same order. It makes one all-reduce of
@@ -104,7 +109,7 @@ def total_norm(norms: Mapping[Spread | None, Tensor], group: Any) -> Tensor:
             every rank has alike, or in parts if there is a `group` and nothing is FLATTENED.
         group: ranks whose parts make a whole, or None.
     """
-    meshes: dict[Any, dict[Spread, Tensor]] = {}
+    meshes: dict[Mesh, dict[Spread, Tensor]] = {}
     for spread, norm in norms.items():
         if spread is not None and spread is not FLATTENED:
             meshes.setdefault(spread.mesh, {})[spread] = norm
@@ -166,7 +171,7 @@ def _root(squares: Tensor) -> Tensor:
     return torch.where(plain == torch.inf, scaled * SCALE[plain.dtype], plain)
 
 
-def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:
+def _sum_over_mesh(mesh: Mesh, norms: Mapping[Spread, Tensor]) -> Tensor:
     """Sum of squares of all parts in a mesh, each element counted once."""
     if mesh.get_coordinate() is None:
         raise RuntimeError(f"this rank has DTensors of {mesh}, of which it is no member")
@@ -178,13 +183,15 @@ def _sum_over_mesh(mesh: Any, norms: Mapping[Spread, Tensor]) -> Tensor:
         ]
     ).sum(dim=0)
     if len(dims) == mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():
-        return _sum_over(torch.distributed.group.WORLD, squares)
+        world = torch.distributed.group.WORLD
+        assert world is not None
+        return _sum_over(world, squares)
     for dim in dims:
         squares = _sum_over(mesh.get_group(dim), squares)
     return squares
 
 
-def _sum_over(group: Any, values: Tensor) -> Tensor:
+def _sum_over(group: ProcessGroup, values: Tensor) -> Tensor:
     """The sum over the ranks of a group, on a device that the group can talk from."""
     devices = [device.type for device in group._device_types]
     summed = values if values.device.type in devices else values.to(devices[0])
@@ -202,7 +209,7 @@ class Group(NamedTuple):
     ranks: tuple[int, ...]  # elsewhere another group may have that name
 
 
-def description_of(group: Any) -> Group | None:
+def description_of(group: object) -> Group | None:
     """What stands for a process group; None for None."""
     if group is None:
         return None
@@ -215,7 +222,7 @@ def description_of(group: Any) -> Group | None:
     return Group(str(group.group_name), tuple(ranks))
 
 
-def group_of(description: Group | None) -> Any:
+def group_of(description: Group | None) -> ProcessGroup | None:
     """The process group; raises torch's error where there is none any more."""
     if description is None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fusedreg.dist import FLATTENED, spread_of, whole
 from fusedreg.parametrized import Role, formed, weights
+from fusedreg.types import ParamGroup, Settings
 
 NORM_LAYERS = (
     nn.LayerNorm,
@@ -28,8 +29,8 @@ def param_groups(
     weight_decay: float | None = None,
     l1: float | None = None,
     no_decay: Iterable[str | nn.Module | type[nn.Module]] = (),
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[dict[str, Any]]:
+    overrides: Mapping[str, Settings] | None = None,
+) -> list[ParamGroup]:
     """Split a model's parameters into param groups: penalised, unpenalised, and by name.
 
     Unpenalised (`weight_decay=0, l1=0`) are biases, the scales and shifts of normalisation layers,
@@ -87,7 +88,7 @@ def param_groups(
         unpenalised |= _matching(entry, model, names)
     penalty = {"weight_decay": weight_decay, "l1": l1}
     penalised = {key: value for key, value in penalty.items() if value is not None}
-    options: dict[Tensor, dict[str, Any]] = {
+    options: dict[Tensor, ParamGroup] = {
         param: dict(NO_PENALTY if param in unpenalised else penalised) for param in names
     }
     decided = set(unpenalised)
@@ -99,7 +100,7 @@ def param_groups(
     if penalised != NO_PENALTY:  # the optimizer's constructor may have what is not said here
         _refuse({param: why for param, why in unclear.items() if param not in decided}, names)
 
-    groups: list[dict[str, Any]] = []
+    groups: list[ParamGroup] = []
     for tensor, wanted in options.items():
         named = (names[tensor][0], tensor)
         for group in groups:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,9 +18,13 @@ CPU_INFO = Path("/proc/cpuinfo")
 """Where Linux says what the processor is called; nowhere else is it as cheap to ask."""
 
 
-def facts() -> dict[str, Any]:
+Record: TypeAlias = dict[str, Any]
+"""What is written to JSON."""
+
+
+def facts() -> Record:
     """Processor, cores, system and, where there is one, the GPU."""
-    found: dict[str, Any] = {
+    found: Record = {
         "cpu": _cpu_model(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
@@ -50,7 +54,7 @@ def versions(*packages: str) -> dict[str, str | None]:
     return own | {package: _version(package) for package in packages}
 
 
-def environment(*packages: str) -> dict[str, dict[str, Any]]:
+def environment(*packages: str) -> dict[str, Record]:
     """Both, for a JSON file."""
     return {"machine": facts(), "versions": versions(*packages)}
 
@@ -60,7 +64,7 @@ def caption(*packages: str) -> str:
     return describe(environment(*packages))
 
 
-def describe(found: dict[str, dict[str, Any]]) -> str:
+def describe(found: dict[str, Record]) -> str:
     """An `environment` in one line."""
     machine = found["machine"]
     names = [machine.get("gpu"), machine["cpu"], machine["architecture"]]

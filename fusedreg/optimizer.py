@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar, overload
 
 import torch
@@ -25,40 +25,12 @@ from fusedreg.checks import (
     check_param,
 )
 from fusedreg.contract import AllOptions, UpdateRule
-from fusedreg.dist import Group, ProcessGroup
+from fusedreg.dist import ProcessGroup
 from fusedreg.hooks import with_grad_mode, with_hooks
-from fusedreg.scalars import pair, settled
-from fusedreg.stepper import (
-    NOTHING,
-    Outcome,
-    Stepper,
-    Wishes,
-    check_norm_is_global,
-    home,
-    params_of,
-)
+from fusedreg.options import copy_options, make_pairs, make_plain
+from fusedreg.scalars import settled
+from fusedreg.stepper import OptimizerOptions, Stepper, check_norm_is_global, home, params_of
 from fusedreg.types import ParamGroup
-
-
-@dataclass
-class OptimizerOptions:
-    """Options that belong to the optimizer and not to a param group, and what its steps report.
-
-    All in one object, because a wrapper may share the class and forward the attributes that it
-    lacks, as Lightning's wrappers do. Its properties then read and write those of the optimizer.
-    """
-
-    max_grad_norm: float | None = None
-    skip_nonfinite: bool = False
-    process_group: Group | None = None
-    outcome: Outcome = NOTHING
-    """Of the last step."""
-    warned: set[str] = field(default_factory=set)
-    """Keys of groups that look like a misspelt option and that there was a warning of."""
-
-
-PLAIN = frozenset((float, int, bool, str, tuple, list, type(None), torch.dtype))
-"""Types of options that stay as they are."""
 
 
 class FusedOptimizer(UpdateRule, Optimizer):
@@ -81,10 +53,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
         ValueError: an option is out of range.
     """
 
-    # Class attributes, so that an optimizer pickled by an older version has them too.
-    _splitter: str | None = None
     _kept_by_pickle: ClassVar[tuple[str, ...]] = (
-        "_splitter",
         "_optimizer_step_pre_hooks",
         "_optimizer_step_post_hooks",
         "_optimizer_state_dict_pre_hooks",
@@ -105,14 +74,16 @@ class FusedOptimizer(UpdateRule, Optimizer):
         self._own = OptimizerOptions()
         for name in self.own_options:
             setattr(self, name, values.pop(name))
-        self._splitter = dist.constructing_splitter()
+        self._own.splitter = dist.constructing_splitter()
         self._stepper = Stepper()
         self.defaults = {name: settled(value) for name, value in values.items()}
         self.validate({**self.defaults}, read_device=True)
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
-        if self._wishes().norm:
+        if self._own.wishes(self).norm:
             spreads = map(dist.spread_of, params_of(self.param_groups))
-            check_norm_is_global(type(self).__name__, spreads, self._splitter, self.process_group)
+            check_norm_is_global(
+                type(self).__name__, spreads, self._own.splitter, self.process_group
+            )
 
     @classmethod
     def __subclasses__(cls) -> list[type]:
@@ -209,14 +180,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
         GPU and LLVM's on a CPU, unless its group says fused=False or triton or llvmlite is missing.
         All others take the reference path.
         """
-        backends = (
-            backend.kernels_of(self, group, param)
-            for group in self.param_groups
-            for param in group["params"]
-        )
-        found = {"reference" if kernels is None else kernels.name for kernels in backends}
-        order = ("triton", "llvm", "reference")
-        return " and ".join(name for name in order if name in found) or "reference"
+        return backend.names_of(self, self.param_groups)
 
     @property
     def launches(self) -> int:
@@ -229,7 +193,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
 
         Read from the groups, so that a copy or an unpickled optimizer has it too.
         """
-        split = self._own.process_group is not None or self._splitter is not None
+        split = self._own.process_group is not None or self._own.splitter is not None
         return supports_amp_scaling(self.param_groups, split, asked_by=sys._getframe(1))
 
     # ---- one step ------------------------------------------------------------------------------
@@ -276,20 +240,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
     def _step(self) -> None:
         """Step, without autograd."""
         own = self._own
-        own.outcome = self._stepper.step(self, self.param_groups, self.state, self._wishes())
-
-    def _wishes(self) -> Wishes:
-        """What is asked of a step for all groups together."""
-        own = self._own
-        return Wishes(
-            own.max_grad_norm,
-            own.skip_nonfinite,
-            dist.group_of(own.process_group),
-            self._splitter,
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-            own.outcome.skipped_steps,
-        )
+        own.outcome = self._stepper.step(self, self.param_groups, self.state, own.wishes(self))
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 
@@ -303,35 +254,19 @@ class FusedOptimizer(UpdateRule, Optimizer):
         """
         own = {name: getattr(self, name) for name in self.own_options}
         check_keys(group, self.defaults, own, self._own.warned, new=new)
-        for name, default in self.defaults.items():
-            if type(group[name]) not in PLAIN:  # an array, say, which a schedule made
-                of = pair if isinstance(default, tuple) else settled
-                group[name] = of(group[name])
-        self._copy_options(group)
+        make_plain(group, self.defaults)
+        copy_options(group, self.declared_options)
         check_number("lr", group["lr"], read_device=read_device)
         for name, option in self.declared_options.items():
             if option.check is not None:
                 option.check(group, name, read_device)
         self.check_group(group, read_device)
 
-    def _copy_options(self, group: ParamGroup) -> None:
-        """Replace None in options that are then a copy of another one."""
-        for name, option in self.declared_options.items():
-            if option.copied_from is not None and group[name] is None:
-                value = group[option.copied_from]  # may be a tensor that is written into later
-                group[name] = value.detach().clone() if isinstance(value, Tensor) else value
-
-    def _make_pairs(self, group: ParamGroup) -> None:
-        """Make tuples of pairs: a list would have to be read in every step, as it may change."""
-        for name, default in self.defaults.items():
-            if isinstance(default, tuple) and name in group:
-                group[name] = pair(group[name])
-
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as torch does; options it lacks take the constructor's values."""
         super().add_param_group(param_group)
         try:
-            self._make_pairs(param_group)
+            make_pairs(param_group, self.defaults)
             self.validate(param_group, read_device=True, new=True)
             for index in range(len(param_group["params"])):
                 check_param(
@@ -385,7 +320,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
         checkpoint.check_states(state_dict, self)
         for group in groups:
             group.update(self.fixed_options)
-            self._make_pairs(group)
+            make_pairs(group, self.defaults)
             self.validate(group, read_device=True)
         state = checkpoint.restore_state(groups, state_dict, self)
         checkpoint.split_into_planes(self, groups, state)
@@ -417,4 +352,4 @@ class FusedOptimizer(UpdateRule, Optimizer):
             group.update(self.fixed_options)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            self._copy_options(group)
+            copy_options(group, self.declared_options)

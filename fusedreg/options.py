@@ -25,6 +25,7 @@ from fusedreg.checks import (
     check_state_dtype,
 )
 from fusedreg.dist import ProcessGroup
+from fusedreg.scalars import pair, settled
 from fusedreg.types import ParamGroup
 
 
@@ -155,3 +156,32 @@ def _unpacked(init: FunctionType, last: Parameter) -> type | None:
         return None
     unpacked: type = get_args(hint)[0]
     return unpacked
+
+
+# ---- the options of a group ----------------------------------------------------------------------
+
+PLAIN = frozenset((float, int, bool, str, tuple, list, type(None), torch.dtype))
+"""Types of options that stay as they are."""
+
+
+def make_plain(group: ParamGroup, defaults: Mapping[str, object]) -> None:
+    """Replace arrays and the like, which a schedule may have made, by numbers and pairs."""
+    for name, default in defaults.items():
+        if type(group[name]) not in PLAIN:
+            of = pair if isinstance(default, tuple) else settled
+            group[name] = of(group[name])
+
+
+def make_pairs(group: ParamGroup, defaults: Mapping[str, object]) -> None:
+    """Make tuples of pairs: a list would have to be read in every step, as it may change."""
+    for name, default in defaults.items():
+        if isinstance(default, tuple) and name in group:
+            group[name] = pair(group[name])
+
+
+def copy_options(group: ParamGroup, declared: Mapping[str, Option]) -> None:
+    """Replace None in options that are then a copy of another one."""
+    for name, option in declared.items():
+        if option.copied_from is not None and group[name] is None:
+            value = group[option.copied_from]  # may be a tensor that is written into later
+            group[name] = value.detach().clone() if isinstance(value, Tensor) else value

@@ -104,7 +104,7 @@ def settled(value: Any) -> Any:
     return float(value) if is_array and hasattr(value, "__float__") else value
 
 
-def pair(values: Any) -> tuple[Any, ...]:
+def pair(values: object) -> tuple[Any, ...]:
     """Numbers of any sequence, array or tensor as a tuple: floats, or tensors as they are."""
     if isinstance(values, Tensor) and values.dim():
         values = values.tolist() if on_host(values) else values.unbind()

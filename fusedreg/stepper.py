@@ -15,6 +15,7 @@ would keep both alive.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from fusedreg import backend, dist, reference
 from fusedreg.checks import check_grad, check_is_fake, check_param
 from fusedreg.contract import UpdateRule
-from fusedreg.dist import ProcessGroup, Spread, local
+from fusedreg.dist import Group, ProcessGroup, Spread, local
 from fusedreg.engine.plan import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.engine.watch import Inventory
 from fusedreg.formats import planes_of
@@ -65,6 +66,37 @@ class Outcome(NamedTuple):
 
 NOTHING = Outcome()
 """Before the first step."""
+
+
+@dataclass
+class OptimizerOptions:
+    """Options that belong to the optimizer and not to a param group, and what its steps report.
+
+    All in one object, because a wrapper may share the class and forward the attributes that it
+    lacks, as Lightning's wrappers do. Its properties then read and write those of the optimizer.
+    """
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    process_group: Group | None = None
+    splitter: str | None = None
+    """What gives each rank a part of the parameters and leaves no mark on them."""
+    outcome: Outcome = NOTHING
+    """Of the last step."""
+    warned: set[str] = field(default_factory=set)
+    """Keys of groups that look like a misspelt option and that there was a warning of."""
+
+    def wishes(self, optimizer: object) -> Wishes:
+        """What is asked of a step; GradScaler writes what it says into the optimizer."""
+        return Wishes(
+            self.max_grad_norm,
+            self.skip_nonfinite,
+            dist.group_of(self.process_group),
+            self.splitter,
+            getattr(optimizer, "grad_scale", None),
+            getattr(optimizer, "found_inf", None),
+            self.outcome.skipped_steps,
+        )
 
 
 class Stepper:

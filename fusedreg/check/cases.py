@@ -8,18 +8,19 @@ more from the paper, sharing no code with the package; everything goes through t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 import fusedreg
 from fusedreg.optimizer import FusedOptimizer
+from fusedreg.types import ParamGroup
 
-PATHS: dict[str, dict[str, Any]] = {
+PATHS: dict[str, ParamGroup] = {
     "reference": {"fused": False},
     "default": {},
     "foreach": {"foreach": True},
@@ -37,7 +38,7 @@ class Case:
     rule: str
     penalty: str
     cls: type[FusedOptimizer]
-    kwargs: dict[str, Any] = field(hash=False)
+    kwargs: ParamGroup = field(hash=False)
 
     @property
     def id(self) -> str:
@@ -45,7 +46,7 @@ class Case:
         return f"{self.rule}-{self.penalty}"
 
     @cached_property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> ParamGroup:
         """All its options, with the defaults of the class."""
         return dict(self.make([torch.zeros(1)]).defaults)
 
@@ -57,30 +58,29 @@ class Case:
         return found
 
     @property
-    def torch_kwargs(self) -> dict[str, Any] | None:
+    def torch_kwargs(self) -> ParamGroup | None:
         """The kwargs of the torch.optim namesake, or None where torch has no equal."""
         cls = self.torch_cls
         known = cls is not None and self.kwargs.keys() <= inspect.signature(cls).parameters.keys()
         return self.kwargs if known else None
 
-    def make(self, params: Iterable[Any], path: str = "reference", **more: Any) -> FusedOptimizer:
+    def make(self, params: ParamsT, path: str = "reference", **more: object) -> FusedOptimizer:
         """The optimizer of this case over `params`, run by `path`."""
-        make: Any = self.cls
-        made: FusedOptimizer = make(params, **{**self.kwargs, **PATHS[path], **more})
-        return made
+        make: Callable[..., FusedOptimizer] = self.cls
+        return make(params, **{**self.kwargs, **PATHS[path], **more})
 
 
 # ---- the formulas, in float64 --------------------------------------------------------------------
 
 Value = Tensor | float
-History = dict[str, Any]
+History = ParamGroup
 """The states of one parameter by name, 0.0 where none is yet."""
 Moved = tuple[Value, Value]
 """What lr multiplies, and what a gradient of 1 has made of it."""
-Formula = Callable[[History, Tensor, dict[str, Any]], Moved]
+Formula = Callable[[History, Tensor, ParamGroup], Moved]
 
 
-def sgd(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+def sgd(s: History, g: Tensor, options: ParamGroup) -> Moved:
     """Polyak's heavy ball, as Sutskever et al. (2013) and torch write it."""
     mu, tau = options["momentum"], options["dampening"]
     if mu == 0:
@@ -95,7 +95,7 @@ def sgd(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
     return s["momentum_buffer"], s["momentum_mass"]
 
 
-def adam(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+def adam(s: History, g: Tensor, options: ParamGroup) -> Moved:
     """Kingma and Ba (2015), algorithm 1; Reddi et al. (2018), algorithm 2, in torch's form."""
     (b1, b2), eps = options["betas"], options["eps"]
     s["step"] += 1
@@ -108,7 +108,7 @@ def adam(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
     return s["exp_avg"] / (1 - b1 ** s["step"]) / root, torch.where(v == 0, 0.0, 1 / root)
 
 
-def rmsprop(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+def rmsprop(s: History, g: Tensor, options: ParamGroup) -> Moved:
     """Tieleman and Hinton (2012); Graves (2013), equations 38 to 41, with torch's eps."""
     alpha, eps, mu = options["alpha"], options["eps"], options["momentum"]
     s["step"] += 1
@@ -122,7 +122,7 @@ def rmsprop(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
     return s["momentum_buffer"], torch.where(v == 0, 0.0, s["momentum_mass"] / root)
 
 
-def adagrad(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+def adagrad(s: History, g: Tensor, options: ParamGroup) -> Moved:
     """Duchi, Hazan and Singer (2011), figure 1, with torch's lr_decay."""
     if s["step"] == 0:
         s["sum"] = options["initial_accumulator_value"]
@@ -133,7 +133,7 @@ def adagrad(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
     return g * gain, gain
 
 
-def lion(s: History, g: Tensor, options: dict[str, Any]) -> Moved:
+def lion(s: History, g: Tensor, options: ParamGroup) -> Moved:
     """Chen et al. (2023), algorithm 2."""
     b1, b2 = options["betas"]
     update = torch.sign(b1 * s["exp_avg"] + (1 - b1) * g)
@@ -154,7 +154,7 @@ FORMULAS: dict[type[FusedOptimizer], Formula] = {
 # ---- the table -----------------------------------------------------------------------------------
 
 # Rates are large so that a misplaced factor shows in one step (lr * weight_decay is about 0.1).
-RULES: dict[str, tuple[type[FusedOptimizer], dict[str, Any]]] = {
+RULES: dict[str, tuple[type[FusedOptimizer], ParamGroup]] = {
     "sgd": (fusedreg.SGD, {"lr": 0.1}),
     "sgd_maximize": (fusedreg.SGD, {"lr": 0.1, "maximize": True}),
     "sgd_momentum": (fusedreg.SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -187,7 +187,7 @@ CLASSES = list(dict.fromkeys(cls for cls, _ in RULES.values()))
 TORCH_CLASSES = [cls for cls in CLASSES if hasattr(torch.optim, cls.__name__)]
 """Those with a namesake in torch.optim."""
 
-PENALTIES: dict[str, dict[str, Any]] = {
+PENALTIES: dict[str, ParamGroup] = {
     "none": {"weight_decay": 0.0},
     "decay": {"weight_decay": 0.9},  # coupled or decoupled, as is usual in the class
     "decoupled_decay": {"weight_decay": 0.9, "decoupled_weight_decay": True},

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import box
@@ -16,7 +15,7 @@ from rich.table import Table
 from fusedreg.check.accuracy import Row, dtype_name
 from fusedreg.check.cases import DTYPES, PENALTIES
 from fusedreg.check.installation import Finding
-from fusedreg.machine import environment
+from fusedreg.machine import Record, environment
 
 VERDICTS = ("pass", "fail", "broken")
 """By exit status; "broken" whatever the steps gave that were taken."""
@@ -153,7 +152,7 @@ def failure(row: Row) -> list[str]:
     ]
 
 
-def write(found: dict[str, Any], out: Path) -> str | None:
+def write(found: Record, out: Path) -> str | None:
     """Write the JSON file; why it cannot be written, None where it is."""
     try:
         out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -162,9 +161,7 @@ def write(found: dict[str, Any], out: Path) -> str | None:
     return None
 
 
-def record(
-    rows: Sequence[Row], findings: Sequence[Finding], seconds: float, status: int
-) -> dict[str, Any]:
+def record(rows: Sequence[Row], findings: Sequence[Finding], seconds: float, status: int) -> Record:
     """Everything, for a JSON file; a number that is not finite is a string there."""
     return {
         **environment("triton"),
@@ -194,5 +191,5 @@ def _short(x: float) -> str:
     return f"{x:.{1 if x < 10 else 0}f}"
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: object) -> object:
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from fusedreg.demo import diabetes, digits
 from fusedreg.demo.comparison import Comparison
-from fusedreg.machine import environment
+from fusedreg.machine import Record, environment
 
-STYLE: dict[str, Any] = {
+STYLE: Record = {
     "box": box.SIMPLE_HEAD,
     "title_justify": "left",
     "title_style": "bold",
@@ -94,7 +93,7 @@ def record(
     pairs: Sequence[digits.Pair],
     compared: Sequence[Comparison],
     seconds: dict[str, float],
-) -> dict[str, Any]:
+) -> Record:
     """All numbers, for demo.json."""
     return {
         **environment("scikit-learn"),
@@ -113,7 +112,7 @@ def record(
     }
 
 
-def _path_record(path: diabetes.Path, paths: Sequence[diabetes.Path]) -> dict[str, Any]:
+def _path_record(path: diabetes.Path, paths: Sequence[diabetes.Path]) -> Record:
     (exact,) = (p for p in paths if (p.penalty, p.solver) == (path.penalty, "scikit-learn"))
     return {
         **path._asdict(),
@@ -123,7 +122,7 @@ def _path_record(path: diabetes.Path, paths: Sequence[diabetes.Path]) -> dict[st
     }
 
 
-def _pair_record(pair: digits.Pair) -> dict[str, Any]:
+def _pair_record(pair: digits.Pair) -> Record:
     return {
         **pair.recipe._asdict(),
         "fusedreg": _run_record(pair.ours),
@@ -133,7 +132,7 @@ def _pair_record(pair: digits.Pair) -> dict[str, Any]:
     }
 
 
-def _run_record(run: digits.Run) -> dict[str, Any]:
+def _run_record(run: digits.Run) -> Record:
     return {
         "accuracy": run.accuracy,
         "epochs": run.epochs,

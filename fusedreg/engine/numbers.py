@@ -101,7 +101,7 @@ class Lines:
         if len(groups) != len(self._options):
             return None
         changed = False
-        alike: dict[tuple[Any, ...], tuple[list[Number], Structure]] = {}
+        alike: dict[tuple[object, ...], tuple[list[Number], Structure]] = {}
         for index, group in enumerate(groups):
             options, old = self._options_of(group), self._options[index]
             if len(group) != self._sizes[index] or not rule.own_options.isdisjoint(group.keys()):
@@ -122,7 +122,7 @@ class Lines:
         rule: UpdateRule,
         group: ParamGroup,
         options: tuple[Any, ...],
-        alike: dict[tuple[Any, ...], tuple[list[Number], Structure]],
+        alike: dict[tuple[object, ...], tuple[list[Number], Structure]],
     ) -> bool:
         """Replace a line, the quick way where that is known to be right."""
         lr, others = options[0], options[1:]
@@ -191,7 +191,7 @@ def _has_slots(hooks: set[Hook]) -> bool:
     return all(stages.count(stage) <= slots for stage, slots in SLOTS.items())
 
 
-def _snapshot(options: Any) -> Any:
+def _snapshot(options: object) -> object:
     """Options with the numbers that they hold now."""
     if isinstance(options, (tuple, list)):
         return tuple(map(_snapshot, options))
@@ -200,7 +200,7 @@ def _snapshot(options: Any) -> Any:
     return options
 
 
-def _snapshot_if_mutable(options: tuple[Any, ...]) -> Any:
+def _snapshot_if_mutable(options: tuple[object, ...]) -> object:
     """The same where an option may change without being replaced, else None."""
     return _snapshot(options) if any(map(_is_mutable, options)) else None
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from operator import attrgetter, is_, itemgetter, or_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,8 +117,8 @@ class Inventory:
         self._missing: list[int] = []
         self._other_layout: list[int] = []
         self._guards: Callable[..., bool] = _never
-        self._aligned_fixed: Callable[[list[int]], Any] | None = None
-        self._aligned_grads: Callable[[list[int]], Any] | None = None
+        self._aligned_fixed: Callable[[list[int]], tuple[int, ...]] | None = None
+        self._aligned_grads: Callable[[list[int]], tuple[int, ...]] | None = None
         changes = self._take_tensors(self.stepped, state)
         if changes is None:
             raise RuntimeError(
@@ -213,9 +213,9 @@ class Inventory:
             return None  # a state has gone or is no tensor; a gradient is sparse
         return changes._replace(numbers=True) if changes is not None and numbers else changes
 
-    def _states_of(self, params: list[Tensor], state: States) -> list[Any]:
+    def _states_of(self, params: list[Tensor], state: States) -> list[Tensor]:
         """The states of all parameters in the order of their names."""
-        states: list[Any]
+        states: list[Tensor]
         if self._same_names and not self.names[0]:
             return []
         own = len(state) == len(params) and all(map(is_, state, self.chosen))
@@ -323,19 +323,19 @@ class Inventory:
         return len(self._missing) < len(self.stepped)
 
 
-def _facts(tensor: Any) -> tuple[Any, ...]:
+def _facts(tensor: Tensor) -> tuple[object, ...]:
     """What besides its address decides how the memory of a tensor is read."""
     return (
         type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_neg(),
     )  # fmt: skip
 
 
-def _never(*tensors: Any) -> bool:
+def _never(*tensors: object) -> bool:
     """Guards that know nothing."""
     return False
 
 
-def _guards_of(tensors: list[Any]) -> Callable[..., bool]:
+def _guards_of(tensors: list[Tensor | None]) -> Callable[..., bool]:
     """A function that says whether other tensors have the facts of these; False may be wrong."""
     if TensorGuards is None:
         return _never

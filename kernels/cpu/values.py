@@ -18,6 +18,7 @@ BOOL, INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 6
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 Operand: TypeAlias = Union["Value", float]
+Convert: TypeAlias = Callable[[ir.IRBuilder, ir.Value], ir.Value]
 
 
 class Value:
@@ -74,7 +75,7 @@ class Value:
             raise TypeError("device code cannot do this with integers, or not with floats")
         return Value(self.builder, getattr(self.builder, name)(first.ir, second.ir))
 
-    def _compared(self, sign: str, other: Any) -> Value:
+    def _compared(self, sign: str, other: Operand) -> Value:
         floats = self.ir.type in (FLOAT, DOUBLE)
         # As in IEEE and Python: a NaN is unequal to everything, and no other relation holds for it.
         unordered = self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered
@@ -133,10 +134,10 @@ class Value:
         return self._compared(">=", other)
 
     def __eq__(self, other: object) -> Any:
-        return self._compared("==", other)
+        return self._compared("==", other)  # type: ignore[arg-type]  # Python's signature
 
     def __ne__(self, other: object) -> Any:
-        return self._compared("!=", other)
+        return self._compared("!=", other)  # type: ignore[arg-type]
 
     __hash__ = None  # type: ignore[assignment]  # no value is equal to another in Python
 
@@ -167,8 +168,8 @@ class Stored(NamedTuple):
 
     memory: ir.Type
     register: ir.Type
-    widen: Callable[[Any, Any], Any]
-    narrow: Callable[[Any, Any], Any]
+    widen: Convert
+    narrow: Convert
 
 
 def _unchanged(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:

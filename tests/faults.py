@@ -73,7 +73,7 @@ FAULTS = [
     Fault("Lion moves its momentum first", RULES, "return direction, 1.0, (average(m, g, complement2),)", "return direction, 1.0, (average(m, g, complement1),)", CPU),
     Fault("trust ratio upside down", STEPS, "tl.sqrt(param_squares) / tl.sqrt(update_squares)", "tl.sqrt(update_squares) / tl.sqrt(param_squares)", CPU),
     Fault("unused weights are wiped out", RULES, "gain = tl.where(v == 0.0, 0.0, reciprocal(d))", "gain = reciprocal(d)", L1),
-    Fault("average from the far end", RULES, "near_old = weight < 0.5", "near_old = weight >= 0.5", "steps/test_corners.py"),
+    Fault("average from the far end", RULES, "where(weight < 0.5, 0.5 * old", "where(weight >= 0.5, 0.5 * old", "steps/test_corners.py"),
     Fault("threshold without gain", PENALTIES, "soft_threshold(w, threshold * gain)", "soft_threshold(w, threshold)", CPU),
     Fault("decay adds", PENALTIES, "tl.where(weight_decay == 0.0, g, g + weight_decay * w)", "tl.where(weight_decay == 0.0, g, g - weight_decay * w)", CPU),
     Fault("threshold hides NaN", PENALTIES, "small = tl.where(w == w, 0.0, w)", "small = tl.where(w == w, 0.0, 0.0)", L1),

@@ -26,7 +26,7 @@ def supports_amp_scaling(groups: Sequence[ParamGroup], split: bool, asked_by: Fr
     # and of the two only ShardedGradScaler does.
     if split:
         return False
-    if dist.FLATTENED in (dist.spread_of(param) for group in groups for param in group["params"]):
+    if dist.FLATTENED in (dist.sharding_of(param) for group in groups for param in group["params"]):
         return False
     # Lightning clips no gradients where it sees this, though GradScaler lets such an optimizer
     # step with gradients that were unscaled before. So it unscales and clips, and this skips.

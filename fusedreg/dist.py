@@ -1,6 +1,6 @@
 """Parameters of which each rank has a part: what is here, and sums over the ranks.
 
-A DTensor says itself how it is spread. Plain tensors do not: the caller names a process group, and
+A DTensor says itself how it is sharded. Plain tensors do not: the caller names a process group, and
 what is known to split plain tensors is refused without one. This module needs `torch.distributed`
 only where there is something to sum.
 """
@@ -30,8 +30,8 @@ Where: TypeAlias = tuple[Mesh, tuple[Any, ...]]
 """The mesh and the placements of a DTensor."""
 
 
-class Spread(NamedTuple):
-    """How the elements of a parameter are spread over ranks; in other dimensions are copies."""
+class Sharding(NamedTuple):
+    """How the elements of a parameter are sharded over ranks; in other dimensions are copies."""
 
     mesh: Mesh
     """torch.distributed.DeviceMesh"""
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
     """Dimensions of the mesh along which each rank has another part."""
 
 
-FLATTENED = Spread(None, ())
+FLATTENED = Sharding(None, ())
 """A part that FullyShardedDataParallel made; over which ranks, only the caller can say."""
 
 
@@ -84,35 +84,35 @@ def sharded_as(param: Any, other: Any) -> Tensor:
     return alike
 
 
-def spread_of(param: Tensor) -> Spread | None:
-    """How a parameter is spread over ranks; None for one that is not, as far as is known."""
+def sharding_of(param: Tensor) -> Sharding | None:
+    """How a parameter is sharded over ranks; None for one that is not, as far as is known."""
     where = where_of(param)
     if where is None:
         return FLATTENED if getattr(param, "_fsdp_flattened", False) else None
     mesh, placements = where
     dims = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
-    return Spread(mesh, tuple(dims))
+    return Sharding(mesh, tuple(dims))
 
 
 # ---- norms over ranks --------------------------------------------------------------------------
 
 
-def total_norm(norms: Mapping[Spread | None, Tensor], group: ProcessGroup | None) -> Tensor:
+def total_norm(norms: Mapping[Sharding | None, Tensor], group: ProcessGroup | None) -> Tensor:
     """The norm over all ranks, from the norms of what each of them has.
 
-    All ranks must call it with the same spreads in the same order. It makes one all-reduce of
-    squared norms for each mesh that spreads anything, and one for `group`. Only a mesh that spreads
+    All ranks must call it with the same shardings in the same order. It makes one all-reduce of
+    squared norms for each mesh that shards anything, and one for `group`. Only a mesh that shards
     along several dimensions and is not the whole world takes one for each of them.
 
     Args:
-        norms: the norm of all parts here with that spread, 0-dim; None for plain tensors, which
+        norms: the norm of all parts here with that sharding, 0-dim; None for plain tensors, which
             every rank has alike, or in parts if there is a `group` and nothing is FLATTENED.
         group: ranks whose parts make a whole, or None.
     """
-    meshes: dict[Mesh, dict[Spread, Tensor]] = {}
-    for spread, norm in norms.items():
-        if spread is not None and spread is not FLATTENED:
-            meshes.setdefault(spread.mesh, {})[spread] = norm
+    meshes: dict[Mesh, dict[Sharding, Tensor]] = {}
+    for sharding, norm in norms.items():
+        if sharding is not None and sharding is not FLATTENED:
+            meshes.setdefault(sharding.mesh, {})[sharding] = norm
     if group is None and norms.keys() == {None}:
         return norms[None]
     squares = _squares(norms[None])
@@ -126,32 +126,32 @@ def total_norm(norms: Mapping[Spread | None, Tensor], group: ProcessGroup | None
     return _root(squares)
 
 
-def has_parts(spread: Spread | None) -> bool:
-    """Whether ranks have different parts of a DTensor that is spread so."""
-    return spread is not None and bool(spread.dims)
+def has_parts(sharding: Sharding | None) -> bool:
+    """Whether ranks have different parts of a DTensor that is sharded so."""
+    return sharding is not None and bool(sharding.dims)
 
 
 def sum_over_parts(params: Iterable[Tensor], here: Mapping[Tensor, Tensor]) -> None:
     """Sum vectors that belong to DTensors over the ranks that have parts of them, in place.
 
-    It makes one all-reduce for each way to be spread and dimension of a mesh, over all `params` in
+    It makes one all-reduce for each way to be sharded and dimension of a mesh, over all `params` in
     their order, also where this rank has nothing of them: so all ranks call alike.
 
     Args:
         params: all of the optimizer, the same on all ranks.
         here: two numbers for each of those that are stepped here.
     """
-    spreads: dict[Spread, list[Tensor]] = {}
+    shardings: dict[Sharding, list[Tensor]] = {}
     for param in params:
-        spread = spread_of(param)
-        if spread is not None and spread.dims:
-            spreads.setdefault(spread, []).append(param)
-    for spread, alike in spreads.items():
+        sharding = sharding_of(param)
+        if sharding is not None and sharding.dims:
+            shardings.setdefault(sharding, []).append(param)
+    for sharding, alike in shardings.items():
         device = alike[0].device
         nothing = torch.zeros(2, dtype=wide_dtype(device), device=device)
         summed = torch.stack([here.get(param, nothing).to(nothing) for param in alike])
-        for dim in spread.dims:
-            summed = _sum_over(spread.mesh.get_group(dim), summed)
+        for dim in sharding.dims:
+            summed = _sum_over(sharding.mesh.get_group(dim), summed)
         places = [i for i, param in enumerate(alike) if param in here]
         if places:  # one launch for all
             torch._foreach_copy_([here[alike[i]] for i in places], [summed[i] for i in places])
@@ -171,15 +171,15 @@ def _root(squares: Tensor) -> Tensor:
     return torch.where(plain == torch.inf, scaled * SCALE[plain.dtype], plain)
 
 
-def _sum_over_mesh(mesh: Mesh, norms: Mapping[Spread, Tensor]) -> Tensor:
+def _sum_over_mesh(mesh: Mesh, norms: Mapping[Sharding, Tensor]) -> Tensor:
     """Sum of squares of all parts in a mesh, each element counted once."""
     if mesh.get_coordinate() is None:
         raise RuntimeError(f"this rank has DTensors of {mesh}, of which it is no member")
-    dims = sorted({dim for spread in norms for dim in spread.dims})
+    dims = sorted({dim for sharding in norms for dim in sharding.dims})
     squares = torch.stack(
         [
-            _squares(norm) / math.prod(mesh.size(dim) for dim in dims if dim not in spread.dims)
-            for spread, norm in norms.items()
+            _squares(norm) / math.prod(mesh.size(dim) for dim in dims if dim not in sharding.dims)
+            for sharding, norm in norms.items()
         ]
     ).sum(dim=0)
     if len(dims) == mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():

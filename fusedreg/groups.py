@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fusedreg.dist import FLATTENED, spread_of, whole
+from fusedreg.dist import FLATTENED, sharding_of, whole
 from fusedreg.parametrized import Role, formed, weights
 from fusedreg.types import ParamGroup, Settings
 
@@ -160,7 +160,7 @@ def _hidden_dimensions(param: Tensor) -> str:
     """Why a parameter does not show how many dimensions it has; empty where it does."""
     if is_lazy(param):
         return "it is uninitialized: run a forward pass with a dummy batch first"
-    if spread_of(param) == FLATTENED and param.dim() <= 1:
+    if sharding_of(param) == FLATTENED and param.dim() <= 1:
         return (
             "FullyShardedDataParallel flattened it: use fully_shard, or make the groups before "
             "wrapping and wrap with use_orig_params=True"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fusedreg.dist import Spread, local, sharded_as, spread_of
+from fusedreg.dist import Sharding, local, sharded_as, sharding_of
 from fusedreg.scalars import wide_dtype
 
 
@@ -55,28 +55,28 @@ def global_norm(grads: Iterable[Tensor], device: torch.device) -> Tensor:
     return _norm(torch.stack(norms))
 
 
-def norms_by_spread(
-    spreads: Iterable[Spread | None],
+def norms_by_sharding(
+    shardings: Iterable[Sharding | None],
     params: Iterable[Tensor],
-    more: Iterable[tuple[Spread | None, Tensor]],
+    more: Iterable[tuple[Sharding | None, Tensor]],
     device: torch.device,
-) -> dict[Spread | None, Tensor]:
-    """What :func:`fusedreg.dist.total_norm` sums: a norm for each way to be spread over ranks.
+) -> dict[Sharding | None, Tensor]:
+    """What :func:`fusedreg.dist.total_norm` sums: a norm for each way to be sharded over ranks.
 
     Args:
-        spreads: all that there are on any rank, also without a gradient here.
+        shardings: all that there are on any rank, also without a gradient here.
         params: parameters whose gradients count, where they have one.
         more: vectors whose norms are those of further gradients.
         device: where the results shall be.
     """
-    parts: dict[Spread | None, list[Tensor]] = {None: []}
-    parts.update({spread: [] for spread in spreads})
+    parts: dict[Sharding | None, list[Tensor]] = {None: []}
+    parts.update({sharding: [] for sharding in shardings})
     for param in params:
         if param.grad is not None:
-            parts[spread_of(param)].append(local(sharded_as(param, param.grad)))
-    for spread, norms in more:
-        parts[spread].append(norms)
-    return {spread: global_norm(tensors, device) for spread, tensors in parts.items()}
+            parts[sharding_of(param)].append(local(sharded_as(param, param.grad)))
+    for sharding, norms in more:
+        parts[sharding].append(norms)
+    return {sharding: global_norm(tensors, device) for sharding, tensors in parts.items()}
 
 
 def clip_factor(norm: Tensor, max_grad_norm: float) -> Tensor:

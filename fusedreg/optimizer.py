@@ -79,10 +79,10 @@ class FusedOptimizer(UpdateRule, Optimizer):
         self.defaults = {name: settled(value) for name, value in values.items()}
         self.validate({**self.defaults}, read_device=True)
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
-        if self._own.wishes(self).norm:
-            spreads = map(dist.spread_of, params_of(self.param_groups))
+        if self._own.request(self).norm:
+            shardings = map(dist.sharding_of, params_of(self.param_groups))
             check_norm_is_global(
-                type(self).__name__, spreads, self._own.splitter, self.process_group
+                type(self).__name__, shardings, self._own.splitter, self.process_group
             )
 
     @classmethod
@@ -240,7 +240,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
     def _step(self) -> None:
         """Step, without autograd."""
         own = self._own
-        own.outcome = self._stepper.step(self, self.param_groups, self.state, own.wishes(self))
+        own.outcome = self._stepper.step(self, self.param_groups, self.state, own.request(self))
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 

@@ -86,7 +86,7 @@ def number(value: Any, device: torch.device) -> Any:
     return value.detach().reshape(()).to(device)
 
 
-def is_remote(value: object) -> bool:
+def is_on_device(value: object) -> bool:
     """Whether reading `value` would wait for a device."""
     return isinstance(value, Tensor) and not on_host(value)
 

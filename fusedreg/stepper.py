@@ -2,7 +2,7 @@
 
     1. Collect the parameters that have a gradient, check them and create their state.
     2. Sort them: a `Plan` of those that kernels step, and the rest, for the reference path. The
-       plan is kept: while its `Inventory` sees the same tensors and options, 1 and 2 are skipped.
+       plan is kept: while its `Watcher` sees the same tensors and options, 1 and 2 are skipped.
     3. Decide the scale of the gradients and whether the step is skipped. Where kernels on one
        device do everything, they decide it themselves; else it is decided here.
     4. Run the plan, and the reference path for the rest.
@@ -25,18 +25,18 @@ from torch import Tensor
 from fusedreg import backend, dist, reference
 from fusedreg.checks import check_grad, check_is_fake, check_param
 from fusedreg.contract import UpdateRule
-from fusedreg.dist import Group, ProcessGroup, Spread, local
+from fusedreg.dist import Group, ProcessGroup, Sharding, local
 from fusedreg.engine.plan import NOT_BEFORE_CAPTURE, Plan, is_capturing
-from fusedreg.engine.watch import Inventory
+from fusedreg.engine.watch import Watcher
 from fusedreg.formats import planes_of
-from fusedreg.norms import clip_factor, norms_by_spread
+from fusedreg.norms import clip_factor, norms_by_sharding
 from fusedreg.reference import Block
 from fusedreg.scalars import Flag, Number, is_traced, is_zero, number, on_host
 from fusedreg.states import create_states, settings_of
 from fusedreg.types import ParamGroup, Settings, States, Work
 
 
-class Wishes(NamedTuple):
+class Request(NamedTuple):
     """What is asked of one step for all groups together."""
 
     max_grad_norm: float | None
@@ -86,9 +86,9 @@ class OptimizerOptions:
     warned: set[str] = field(default_factory=set)
     """Keys of groups that look like a misspelt option and that there was a warning of."""
 
-    def wishes(self, optimizer: object) -> Wishes:
+    def request(self, optimizer: object) -> Request:
         """What is asked of a step; GradScaler writes what it says into the optimizer."""
-        return Wishes(
+        return Request(
             self.max_grad_norm,
             self.skip_nonfinite,
             dist.group_of(self.process_group),
@@ -112,7 +112,7 @@ class Stepper:
         self.plan = None
 
     def step(
-        self, rule: UpdateRule, groups: list[ParamGroup], states: States, wishes: Wishes
+        self, rule: UpdateRule, groups: list[ParamGroup], states: States, request: Request
     ) -> Outcome:
         """Step all parameters that have a gradient, without autograd.
 
@@ -120,19 +120,19 @@ class Stepper:
             rule: the optimizer.
             groups: its param groups.
             states: its state; what is missing is created.
-            wishes: what else is asked for.
+            request: what else is asked for.
         """
         fresh = not states
-        plan, rest = self._gather(rule, groups, states, wishes)
+        plan, rest = self._gather(rule, groups, states, request)
         if fresh and states and _creates_state_for_checkpoint(groups):
-            return Outcome(skipped_steps=wishes.skipped_steps)
+            return Outcome(skipped_steps=request.skipped_steps)
         has_parts = rule.layerwise and any(map(dist.has_parts, self._spreads(groups)))
-        if plan is None and not rest and not (wishes.norm or has_parts):
-            return Outcome(skipped_steps=wishes.skipped_steps)
-        over_ranks = has_parts or (wishes.norm and wishes.process_group is not None)
+        if plan is None and not rest and not (request.norm or has_parts):
+            return Outcome(skipped_steps=request.skipped_steps)
+        over_ranks = has_parts or (request.norm and request.process_group is not None)
         if plan is not None and not rest and plan.device is not None and not over_ranks:
-            return self._run_plan(plan, plan.device, wishes)
-        return self._run_both(rule, groups, states, wishes, plan, rest, has_parts)
+            return self._run_plan(plan, plan.device, request)
+        return self._run_both(rule, groups, states, request, plan, rest, has_parts)
 
     def create_states(self, rule: UpdateRule, groups: list[ParamGroup], states: States) -> None:
         """Create the states of all parameters, as a step of them all would."""
@@ -143,7 +143,7 @@ class Stepper:
     # ---- what is stepped, and by what ----------------------------------------------------------
 
     def _gather(
-        self, rule: UpdateRule, groups: list[ParamGroup], states: States, wishes: Wishes
+        self, rule: UpdateRule, groups: list[ParamGroup], states: States, request: Request
     ) -> tuple[Plan | None, Work]:
         """The plan of what kernels step, and the rest; all checked, their state created.
 
@@ -154,7 +154,7 @@ class Stepper:
         kept = old if old is not None and self._still_holds(old, rule, groups, states) else None
         if not traced:
             self.plan = kept  # so that nothing of the old one is believed
-        self._check_norm_is_global(rule, groups, wishes)
+        self._check_norm_is_global(rule, groups, request)
         self._check_tensors_are_whole(rule, groups)
         if traced:
             rest = _collect(rule, groups)
@@ -167,17 +167,17 @@ class Stepper:
         else:
             if kept.capturing() and kept not in self.captured:
                 self.captured += (kept,)
-            chosen = kept.inventory.chosen
-            rest = _collect(rule, groups, without=chosen) if kept.inventory.rest else []
+            chosen = kept.watcher.chosen
+            rest = _collect(rule, groups, without=chosen) if kept.watcher.rest else []
             create_states(rule, states, rest)
         plan = self.plan
-        return (plan if plan is not None and plan.inventory.has_grads else None), rest
+        return (plan if plan is not None and plan.watcher.has_grads else None), rest
 
     def _still_holds(
         self, plan: Plan, rule: UpdateRule, groups: list[ParamGroup], states: States
     ) -> bool:
         """Whether this step can be done with the tables of an earlier one."""
-        changes = plan.inventory.refresh(rule, groups, states)
+        changes = plan.watcher.refresh(rule, groups, states)
         if changes is None:
             return False
         # A graph goes on with the addresses that it was captured with.
@@ -191,7 +191,7 @@ class Stepper:
     ) -> Work:
         """Plan for the parameters that kernels step, return the rest; create the state of both."""
         work = _collect(rule, groups)
-        seen = None if old is None else old.inventory
+        seen = None if old is None else old.watcher
         known = {} if seen is None else dict(zip(seen.chosen, seen.grad_dtypes, strict=True))
         # A parameter stays in the plan while it has no gradient, so that experts may come and go.
         backends = {
@@ -228,41 +228,41 @@ class Stepper:
         rest = [(group, params) for group, params in rest if params]
         if chosen:
             others = {param for _, params in rest for param in params}
-            inventory = Inventory(rule, backends, groups, chosen, others, states, known)
-            self.plan = Plan(inventory, states)
+            watcher = Watcher(rule, backends, groups, chosen, others, states, known)
+            self.plan = Plan(watcher, states)
         return rest
 
     # ---- by how much, and whether at all -------------------------------------------------------
 
-    def _run_plan(self, plan: Plan, device: torch.device, wishes: Wishes) -> Outcome:
+    def _run_plan(self, plan: Plan, device: torch.device, request: Request) -> Outcome:
         """Step where kernels on one device do everything, the norm too."""
         skipped = None
-        if wishes.found_inf is not None or wishes.skip_nonfinite:
-            if wishes.skipped_steps is None and plan.capturing():
+        if request.found_inf is not None or request.skip_nonfinite:
+            if request.skipped_steps is None and plan.capturing():
                 raise RuntimeError(NOT_BEFORE_CAPTURE)  # each replay would set it to 0
-            skipped = _counter(wishes, device)
+            skipped = _counter(request, device)
         grad_norm, launches = plan.run(
-            grad_scale=wishes.grad_scale,
-            found_inf=wishes.found_inf,
-            max_norm=wishes.max_grad_norm,
-            skip_nonfinite=wishes.skip_nonfinite,
-            norm_on=device if wishes.norm else None,
+            grad_scale=request.grad_scale,
+            found_inf=request.found_inf,
+            max_norm=request.max_grad_norm,
+            skip_nonfinite=request.skip_nonfinite,
+            norm_on=device if request.norm else None,
             skipped=skipped,
         )
-        return Outcome(grad_norm, wishes.skipped_steps if skipped is None else skipped, launches)
+        return Outcome(grad_norm, request.skipped_steps if skipped is None else skipped, launches)
 
     def _run_both(
         self,
         rule: UpdateRule,
         groups: list[ParamGroup],
         states: States,
-        wishes: Wishes,
+        request: Request,
         plan: Plan | None,
         rest: Work,
         has_parts: bool,
     ) -> Outcome:
         """Step where there are several devices, several ranks or the reference path."""
-        scale, skip, outcome = self._scale_and_skip(groups, wishes, plan, rest)
+        scale, skip, outcome = self._scale_and_skip(groups, request, plan, rest)
         squares = _squares_of_parts(rule, states, rest, scale) if has_parts else {}
         over_ranks = partial(_sum_over_ranks, groups, squares) if has_parts else None
         if plan is not None:
@@ -275,40 +275,40 @@ class Stepper:
         return outcome
 
     def _scale_and_skip(
-        self, groups: list[ParamGroup], wishes: Wishes, plan: Plan | None, rest: Work
+        self, groups: list[ParamGroup], request: Request, plan: Plan | None, rest: Work
     ) -> tuple[Number, Flag, Outcome]:
         """What multiplies every gradient of this step, and whether the step is skipped."""
-        stepped = [] if plan is None else plan.inventory.params
+        stepped = [] if plan is None else plan.watcher.params
         stepped = [*stepped[:1], *(param for _, params in rest for param in params[:1])]
         device = stepped[0].device if stepped else home(groups)
-        loss_scale = number(wishes.grad_scale, device)
-        found_inf = number(wishes.found_inf, device)
+        loss_scale = number(request.grad_scale, device)
+        found_inf = number(request.found_inf, device)
         scale: Number = 1.0 if loss_scale is None else 1.0 / loss_scale
         # GradScaler sums found_inf over devices, so it may be 2.
         skip: Flag = False if found_inf is None else found_inf != 0
-        outcome = Outcome(skipped_steps=wishes.skipped_steps)
-        if wishes.norm:
+        outcome = Outcome(skipped_steps=request.skipped_steps)
+        if request.norm:
             params = [param for _, params in rest for param in params]
             more = [] if plan is None else plan.norms()
-            norms = norms_by_spread(self._spreads(groups), params, more, device)
-            norm = dist.total_norm(norms, wishes.process_group) * scale
+            norms = norms_by_sharding(self._spreads(groups), params, more, device)
+            norm = dist.total_norm(norms, request.process_group) * scale
             outcome = outcome._replace(grad_norm=norm.to(torch.float32))
-            if wishes.skip_nonfinite:
+            if request.skip_nonfinite:
                 skip = skip | number(~torch.isfinite(norm), device)
-            if wishes.max_grad_norm is not None and wishes.max_grad_norm != float("inf"):
-                scale = scale * number(clip_factor(norm, wishes.max_grad_norm), device)
+            if request.max_grad_norm is not None and request.max_grad_norm != float("inf"):
+                scale = scale * number(clip_factor(norm, request.max_grad_norm), device)
         if skip is not False:
-            outcome = outcome._replace(skipped_steps=_counter(wishes, device).add_(skip))
+            outcome = outcome._replace(skipped_steps=_counter(request, device).add_(skip))
         return scale, skip, outcome
 
     # ---- what keeps a norm from being right ----------------------------------------------------
 
     def _check_norm_is_global(
-        self, rule: UpdateRule, groups: list[ParamGroup], wishes: Wishes
+        self, rule: UpdateRule, groups: list[ParamGroup], request: Request
     ) -> None:
-        if wishes.norm:
-            who, spreads = type(rule).__name__, self._spreads(groups)
-            check_norm_is_global(who, spreads, wishes.splitter, wishes.process_group)
+        if request.norm:
+            who, shardings = type(rule).__name__, self._spreads(groups)
+            check_norm_is_global(who, shardings, request.splitter, request.process_group)
 
     def _check_tensors_are_whole(self, rule: UpdateRule, groups: list[ParamGroup]) -> None:
         """Raise if per-tensor norms are needed but a shard does not know its full tensor."""
@@ -319,11 +319,11 @@ class Stepper:
                 "fully_shard, whose DTensors know what they are parts of"
             )
 
-    def _spreads(self, groups: list[ParamGroup]) -> Iterable[Spread | None]:
-        """How parameters are spread over ranks, each way once, in the same order on all ranks."""
+    def _spreads(self, groups: list[ParamGroup]) -> Iterable[Sharding | None]:
+        """How parameters are sharded over ranks, each way once, in the same order on all ranks."""
         if self.plan is not None:
-            return self.plan.inventory.spreads
-        return dict.fromkeys(map(dist.spread_of, params_of(groups)))
+            return self.plan.watcher.shardings
+        return dict.fromkeys(map(dist.sharding_of, params_of(groups)))
 
 
 def params_of(groups: Sequence[ParamGroup]) -> Iterator[Tensor]:
@@ -338,7 +338,7 @@ def home(groups: Sequence[ParamGroup]) -> torch.device:
 
 def check_norm_is_global(
     who: str,
-    spreads: Iterable[Spread | None],
+    shardings: Iterable[Sharding | None],
     splitter: str | None,
     process_group: ProcessGroup | None,
 ) -> None:
@@ -349,7 +349,7 @@ def check_norm_is_global(
             f"{what}, which are not there inside a backward pass: call step() after it, or "
             "construct the optimizers of apply_optimizer_in_backward without the two"
         )
-    if dist.FLATTENED in spreads:
+    if dist.FLATTENED in shardings:
         splitter = "FullyShardedDataParallel"
     if splitter is not None and process_group is None:
         raise RuntimeError(
@@ -402,11 +402,11 @@ def _states_are_walkable(
     return True
 
 
-def _counter(wishes: Wishes, device: torch.device) -> Tensor:
+def _counter(request: Request, device: torch.device) -> Tensor:
     """How many steps were skipped so far, on a device."""
-    if wishes.skipped_steps is None:
+    if request.skipped_steps is None:
         return torch.zeros((), dtype=torch.int64, device=device)
-    return wishes.skipped_steps.to(device)
+    return request.skipped_steps.to(device)
 
 
 def _creates_state_for_checkpoint(groups: list[ParamGroup]) -> bool:
@@ -468,7 +468,7 @@ def _squares_of_parts(
     for group, params in rest:
         settings = settings_of(rule, group, params)
         for param in params:
-            if dist.has_parts(dist.spread_of(param)):
+            if dist.has_parts(dist.sharding_of(param)):
                 block = _block(rule, group, param, states)
                 scale_here = number(scale, param.device)
                 moved = reference.move(rule, settings[param.device], block, scale_here)

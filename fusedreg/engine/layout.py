@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedreg.dist import Spread, spread_of
-from fusedreg.engine.watch import Inventory
+from fusedreg.dist import Sharding, sharding_of
+from fusedreg.engine.watch import Watcher
 from fusedreg.kernels.contract import Backend, Call, Program
 from fusedreg.kernels.layout import HEADER
 from fusedreg.kernels.table import Table
 
 LocalStates = Sequence[Mapping[str, Tensor]]
-"""The local states of each parameter of an inventory."""
+"""The local states of each parameter of an watcher."""
 
 
 class Key(NamedTuple):
@@ -26,8 +26,8 @@ class Key(NamedTuple):
     backend: Backend
     device: torch.device
     program: Program
-    spread: Spread | None
-    """Over ranks. Norms of tensors that are spread alike are summed alike."""
+    sharding: Sharding | None
+    """Over ranks. Norms of tensors that are sharded alike are summed alike."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Bucket:
     squares: Tensor | None
     """The same of each tensor; None for any other rule."""
     slots: list[list[int]]
-    """Where each address of its table is among those of the inventory."""
+    """Where each address of its table is among those of the watcher."""
 
     def grads_in(self, grads: Tensor) -> Tensor:
         """The addresses of its gradients among those of the device."""
@@ -72,26 +72,26 @@ class Memory:
         self.views = [bucket.grads_in(self.grads) for bucket in self.buckets]
 
 
-def layout(inventory: Inventory, states: LocalStates) -> dict[torch.device, Memory]:
-    """Sort the tensors of an inventory into buckets and write their tables."""
+def layout(watcher: Watcher, states: LocalStates) -> dict[torch.device, Memory]:
+    """Sort the tensors of an watcher into buckets and write their tables."""
     keys: dict[torch.device, dict[Key, list[int]]] = {}
-    for position, param in enumerate(inventory.chosen):
+    for position, param in enumerate(watcher.chosen):
         key = Key(
-            inventory.backends[position],
-            inventory.params[position].device,
-            _program(inventory, position, states[position]),
-            spread_of(param),
+            watcher.backends[position],
+            watcher.params[position].device,
+            _program(watcher, position, states[position]),
+            sharding_of(param),
         )
         keys.setdefault(key.device, {}).setdefault(key, []).append(position)
-    return {device: _memory(inventory, device, of) for device, of in keys.items()}
+    return {device: _memory(watcher, device, of) for device, of in keys.items()}
 
 
-def _program(inventory: Inventory, position: int, state: Mapping[str, Tensor]) -> Program:
+def _program(watcher: Watcher, position: int, state: Mapping[str, Tensor]) -> Program:
     """What kernels are compiled for, to step a parameter."""
-    options, group = inventory.options, inventory.group_of[position]
-    structure, param = options.structure[group], inventory.params[position]
-    counts = [state.get(name) for name in inventory.counts]
-    storage, planes = inventory.formats[position], inventory.planes[position]
+    options, group = watcher.options, watcher.group_of[position]
+    structure, param = options.structure[group], watcher.params[position]
+    counts = [state.get(name) for name in watcher.counts]
+    storage, planes = watcher.formats[position], watcher.planes[position]
     first_state = planes[: len(storage.suffixes)]
     assert structure.rule is not None, "kernels step no parameter of a group without a device rule"
     return Program(
@@ -104,20 +104,20 @@ def _program(inventory: Inventory, position: int, state: Mapping[str, Tensor]) -
         options=options.options,
         line=options.width,
         param=param.dtype,
-        grad=inventory.grad_dtypes[position],
-        aligned=inventory.is_aligned[position],
-        layerwise=inventory.layerwise,
+        grad=watcher.grad_dtypes[position],
+        aligned=watcher.is_aligned[position],
+        layerwise=watcher.layerwise,
     )
 
 
-def _memory(inventory: Inventory, device: torch.device, keys: Mapping[Key, list[int]]) -> Memory:
+def _memory(watcher: Watcher, device: torch.device, keys: Mapping[Key, list[int]]) -> Memory:
     buckets: list[Bucket] = []
     chunks = tensors = 0
     for key, positions in keys.items():
-        groups = [inventory.group_of[position] for position in positions]
-        numels = [inventory.numels[position] for position in positions]
-        slots = _slots(inventory, positions)
-        table = key.backend.build(addresses_at(inventory, slots), numels, groups, device)
+        groups = [watcher.group_of[position] for position in positions]
+        numels = [watcher.numels[position] for position in positions]
+        slots = _slots(watcher, positions)
+        table = key.backend.build(addresses_at(watcher, slots), numels, groups, device)
         program = key.program
         rows = torch.empty(len(positions), program.row, dtype=torch.float64, device=device)
         partials, squares = (
@@ -140,7 +140,7 @@ def _memory(inventory: Inventory, device: torch.device, keys: Mapping[Key, list[
         chunks += table.chunks
         # An even number, because triton compiles for the alignment of where the next one begins.
         tensors += len(positions) + len(positions) % 2
-    size = len(HEADER) + sum(map(len, inventory.options.lines))
+    size = len(HEADER) + sum(map(len, watcher.options.lines))
     return Memory(
         buckets,
         grads=torch.empty(tensors, dtype=torch.int64, device=device),
@@ -149,15 +149,15 @@ def _memory(inventory: Inventory, device: torch.device, keys: Mapping[Key, list[
     )
 
 
-def _slots(inventory: Inventory, positions: list[int]) -> list[list[int]]:
+def _slots(watcher: Watcher, positions: list[int]) -> list[list[int]]:
     """Places of parameters, states and counts; -1 for a count that a parameter does not have."""
-    planes = zip(*(inventory.planes[position] for position in positions), strict=True)
-    counts = ([name] * len(positions) for name in inventory.counts)
-    places = partial(map, inventory.state_index, positions)
+    planes = zip(*(watcher.planes[position] for position in positions), strict=True)
+    counts = ([name] * len(positions) for name in watcher.counts)
+    places = partial(map, watcher.state_index, positions)
     return [positions, *(list(places(names)) for names in (*planes, *counts))]
 
 
-def addresses_at(inventory: Inventory, slots: list[list[int]]) -> list[list[int]]:
+def addresses_at(watcher: Watcher, slots: list[list[int]]) -> list[list[int]]:
     """The addresses that a table has, slot by slot."""
-    address_at = [*inventory.addresses, 0].__getitem__  # -1 is the last, 0
+    address_at = [*watcher.addresses, 0].__getitem__  # -1 is the last, 0
     return [list(map(address_at, slot)) for slot in slots]

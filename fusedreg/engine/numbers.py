@@ -18,7 +18,7 @@ from fusedreg.kernels.contract import FIRST_NUMBER, SLOTS, Backend, DeviceFuncti
 from fusedreg.kernels.contract import Rule as DeviceRule
 from fusedreg.kernels.layout import Group, with_lr
 from fusedreg.penalties import Term
-from fusedreg.scalars import Number, is_remote, on_host
+from fusedreg.scalars import Number, is_on_device, on_host
 from fusedreg.types import ParamGroup
 
 
@@ -33,7 +33,7 @@ class Structure(NamedTuple):
     """Stage and function of each hook of its penalties."""
 
 
-class Lines:
+class GroupNumbers:
     """One line of numbers for each group, and what its options decide.
 
     It does not keep the optimizer, which owns it: a cycle would keep both alive.
@@ -177,7 +177,7 @@ class Lines:
             )
             line[first : first + len(term.numbers)] = term.numbers
         line[self.width - self.options :] = _elements(group[name] for name in rule.device_options)
-        return [value if is_remote(value) else float(value) for value in line]
+        return [value if is_on_device(value) else float(value) for value in line]
 
 
 def _terms(rule: UpdateRule, group: ParamGroup) -> Iterator[Term]:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedreg.dist import Spread
+from fusedreg.dist import Sharding
 from fusedreg.engine.layout import Memory, addresses_at, layout
-from fusedreg.engine.watch import NOTHING, Changes, Inventory
+from fusedreg.engine.watch import NOTHING, Changes, Watcher
 from fusedreg.kernels.contract import Call
 from fusedreg.kernels.layout import Header
 from fusedreg.kernels.table import constants, move, send
-from fusedreg.scalars import Flag, Number, is_remote
+from fusedreg.scalars import Flag, Number, is_on_device
 from fusedreg.types import States
 
 NOT_BEFORE_CAPTURE = (
@@ -43,18 +43,18 @@ class Plan:
     """Tables of the parameters that kernels step.
 
     Args:
-        inventory: what they are.
+        watcher: what they are.
         state: the optimizer's state.
     """
 
-    def __init__(self, inventory: Inventory, state: States) -> None:
-        self.inventory = inventory
-        self.memory = layout(inventory, inventory.states_here(state))
+    def __init__(self, watcher: Watcher, state: States) -> None:
+        self.watcher = watcher
+        self.memory = layout(watcher, watcher.states_here(state))
         self.gpus = list(filter(is_gpu, self.memory))
         self.header: list[float | None] = []
         self.remote = False  # whether any number lives on a device
         self.variant: tuple[bool, ...] = ()
-        self._pending = Changes(numbers=True, grads=True, copies=inventory.first_copies)
+        self._pending = Changes(numbers=True, grads=True, copies=watcher.first_copies)
         """What has not been sent to the device yet."""
         self._launched: list[Call] = []
         """In this step."""
@@ -64,7 +64,7 @@ class Plan:
     @property
     def device(self) -> torch.device | None:
         """The device that has all its parameters whole, or None."""
-        alone = len(self.memory) == 1 and not self.inventory.sharded
+        alone = len(self.memory) == 1 and not self.watcher.sharded
         return next(iter(self.memory)) if alone else None
 
     def capturing(self) -> bool:
@@ -72,7 +72,7 @@ class Plan:
         return any(map(is_capturing, self.gpus))
 
     def take(self, changes: Changes) -> None:
-        """Take over what the inventory has found, to be sent in the next run."""
+        """Take over what the watcher has found, to be sent in the next run."""
         if changes is not NOTHING:
             old = self._pending
             self._pending = Changes(
@@ -82,13 +82,13 @@ class Plan:
                 copies=changes.copies,
             )
 
-    def norms(self) -> list[tuple[Spread | None, Tensor]]:
-        """Vectors whose norms make that of all gradients here, each with how it is spread."""
+    def norms(self) -> list[tuple[Sharding | None, Tensor]]:
+        """Vectors whose norms make that of all gradients here, each with how it is sharded."""
         for device, memory in self.memory.items():
             with _current(device):
                 self._do(self._norms(memory, self._send_grads(device, memory)))
         return [
-            (bucket.key.spread, memory.partials[bucket.first_chunk :][: bucket.table.chunks])
+            (bucket.key.sharding, memory.partials[bucket.first_chunk :][: bucket.table.chunks])
             for memory in self.memory.values()
             for bucket in memory.buckets
         ]
@@ -129,7 +129,7 @@ class Plan:
         clips = max_norm is not None and max_norm != float("inf")
         scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
         if self.gpus:
-            remote = map(is_remote, (scale, skip, grad_scale, found_inf))
+            remote = map(is_on_device, (scale, skip, grad_scale, found_inf))
             variant = (scaled, max_norm is None, grad_norm is None, skipped is None, *remote)
             if self.capturing() and variant != self.variant:
                 raise RuntimeError(NOT_BEFORE_CAPTURE)  # it may have to compile or load a kernel
@@ -171,7 +171,7 @@ class Plan:
                 )
                 usual = same and all(number is None for number in numbers_of_norm)
                 self._do(self._prepared(memory, "rows", usual, rows, grads))
-                if self.inventory.layerwise:
+                if self.watcher.layerwise:
                     squares = partial(self._squares, numbers=numbers, scaled=scaled)
                     self._do(self._prepared(memory, ("squares", scaled), same, squares, grads))
                 step = partial(self._step, numbers=numbers, scaled=scaled)
@@ -215,7 +215,7 @@ class Plan:
         """What is left to do on the host, once all is launched; returns how many launches."""
         if moved:
             # As any operation in place does: a backward pass through the old values must fail.
-            torch.autograd.graph.increment_version(self.inventory.with_grads)
+            torch.autograd.graph.increment_version(self.watcher.with_grads)
         # A graph has numbers and addresses of its own, so nothing has been sent.
         self._pending = self._pending._replace(copies=()) if self.capturing() else NOTHING
         launches = len(self._launched)
@@ -224,21 +224,21 @@ class Plan:
 
     def _reads(self, value: Number) -> bool:
         """Whether the host reads a number: one that it has, or that only it needs."""
-        return not is_remote(value) or not self.gpus
+        return not is_on_device(value) or not self.gpus
 
     def _skipped_here(self, skipped: Tensor | None) -> int | None:
         """How many steps were skipped, where no device has to be asked."""
-        return None if skipped is None or is_remote(skipped) else int(skipped)
+        return None if skipped is None or is_on_device(skipped) else int(skipped)
 
     def _send_grads(self, device: torch.device, memory: Memory) -> list[Tensor]:
         """Each bucket's gradients' addresses on the device; in a graph its own, only read there."""
         if not self._pending.grads and not is_capturing(device):
             return memory.views
-        begin = self.inventory.grads_begin
+        begin = self.watcher.grads_begin
         addresses: list[int] = []
         for bucket in memory.buckets:
             addresses += [0] * (bucket.first_tensor - len(addresses))
-            addresses += (self.inventory.addresses[begin + i] for i in bucket.positions)
+            addresses += (self.watcher.addresses[begin + i] for i in bucket.positions)
         addresses += [0] * (memory.grads.numel() - len(addresses))
         if is_capturing(device):
             captured = constants(addresses, device).to(torch.int64)
@@ -254,7 +254,7 @@ class Plan:
         for device, memory in self.memory.items():
             with _current(device):
                 for bucket in memory.buckets:
-                    move(bucket.table, addresses_at(self.inventory, bucket.slots))
+                    move(bucket.table, addresses_at(self.watcher, bucket.slots))
         self._pending = self._pending._replace(tables=False)
 
     def _send_numbers(
@@ -263,7 +263,7 @@ class Plan:
         """Header and lines on the device, where the numbers that live there join them."""
         if not (self._pending.numbers or self.remote or is_capturing(device)):
             return memory.numbers
-        values = [*header, *chain.from_iterable(self.inventory.options.lines)]
+        values = [*header, *chain.from_iterable(self.watcher.options.lines)]
         remote = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
         numbers = memory.numbers
         floats = [0.0 if isinstance(value, Tensor) else value for value in values]
@@ -351,7 +351,7 @@ class Plan:
     def _squares_of_params(self) -> dict[Tensor, Tensor]:
         """Where the squares of each parameter of a layerwise rule are."""
         return {
-            self.inventory.stepped[position]: squares
+            self.watcher.stepped[position]: squares
             for memory in self.memory.values()
             for bucket in memory.buckets
             if bucket.squares is not None
@@ -379,4 +379,4 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 def _remote(value: Number | None, device: torch.device) -> Tensor | None:
     """A number of a device as a one-element tensor on `device`; None for one of the host."""
-    return value.to(device) if isinstance(value, Tensor) and is_remote(value) else None
+    return value.to(device) if isinstance(value, Tensor) and is_on_device(value) else None

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fusedreg.backend import is_plain, same_layout
 from fusedreg.contract import UpdateRule
-from fusedreg.dist import is_sharded_alike, local, spread_of, where_of
-from fusedreg.engine.numbers import Lines
+from fusedreg.dist import is_sharded_alike, local, sharding_of, where_of
+from fusedreg.engine.numbers import GroupNumbers
 from fusedreg.formats import planes_of
 from fusedreg.kernels.contract import Backend
 from fusedreg.types import ParamGroup, States
@@ -59,7 +59,7 @@ class Changes(NamedTuple):
 NOTHING, OTHER_GRADS, MOVED = Changes(), Changes(grads=True), Changes(tables=True, grads=True)
 
 
-class Inventory:
+class Watcher:
     """The parameters, states, options and gradients that kernels step with.
 
     It does not keep the optimizer, which owns it: a cycle would keep both alive.
@@ -97,7 +97,7 @@ class Inventory:
         self.backend = self.backends[0]  # tables and numbers are the same for all
         self.group_of = list(chosen.values())
         self.sharded = any(local(param) is not param for param in chosen)
-        self.options = Lines(rule, self.backend, groups)
+        self.options = GroupNumbers(rule, self.backend, groups)
         self._take_places(groups)
         self._take_names(rule, groups, state)
         self.grad_dtypes = [
@@ -139,7 +139,7 @@ class Inventory:
         self.whole = self.places == list(range(len(self.flat)))
         known = self.chosen.keys() | self.rest
         self.idle = [place[param] for param in place if param not in known]
-        self.spreads = dict.fromkeys(map(spread_of, self.flat))
+        self.shardings = dict.fromkeys(map(sharding_of, self.flat))
 
     def _take_names(self, rule: UpdateRule, groups: list[ParamGroup], state: States) -> None:
         """Names of the states of each chosen parameter, and where they begin among addresses."""

@@ -85,7 +85,7 @@ def test_dtensors_of_any_layout_train_as_one_process(layout: str, path: str) -> 
 
 def sums(params: list[nn.Parameter]) -> int:
     """All-reduces of a layerwise step: one for each dimension of each way to be spread."""
-    spreads = set(map(fusedreg.dist.spread_of, params))
+    spreads = set(map(fusedreg.dist.sharding_of, params))
     return sum(len(spread.dims) for spread in spreads if spread is not None)
 
 

@@ -20,7 +20,7 @@ from fusedreg.kernels.contract import Codec
 from fusedreg.kernels.language import tl, triton
 from fusedreg.scalars import Number
 
-from cases import DTYPES, PROPERTY_CASES, Case, by_id, parameters
+from cases import CASES, DTYPES, PATHS, Case, each_case, parameters
 
 
 @triton.jit
@@ -102,18 +102,17 @@ def step(optimizers: Sequence[Any], steps: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", **by_id(PROPERTY_CASES))
-@pytest.mark.parametrize("how", ["reference", "default", "fused"])
+@each_case(CASES, paths=("reference", "default", "fused"))
 def test_steps_and_checkpoints_are_those_of_bfloat16(
-    case: Case, how: str, dtype: torch.dtype
+    case: Case, path: str, dtype: torch.dtype
 ) -> None:
     shapes = [(5, 3), (1,), (1030,)]
-    options = {**case.kwargs, "fused": {"reference": False, "default": None, "fused": True}[how]}
+    options = {**case.kwargs, **PATHS[path]}
     ours = stored_as_bits(case.cls)(parameters(dtype=dtype, shapes=shapes), **options)
     plain = case.cls(parameters(dtype=dtype, shapes=shapes), state_dtype=torch.bfloat16, **options)
     step([ours, plain], 3, seed=1)
     assert_equal(ours, plain)
-    assert ours.backend == plain.backend == {"default": "llvm", "fused": "triton"}.get(how, how)
+    assert ours.backend == plain.backend == {"default": "llvm", "fused": "triton"}.get(path, path)
     for param in ours.param_groups[0]["params"]:
         stored = ours.state.get(param, {}).items()
         moments = {name: value for name, value in stored if name not in case.cls.counts}
@@ -138,9 +137,8 @@ def test_steps_and_checkpoints_are_those_of_bfloat16(
 
 @pytest.mark.parametrize("how", ["reference", "default", "fused"])
 def test_a_skipped_step_leaves_every_bit(how: str) -> None:
-    fused = {"reference": False, "default": None, "fused": True}[how]
     cls = stored_as_bits(fusedreg.AdamW)
-    optimizer = cls(parameters(shapes=[(7,)]), fused=fused, skip_nonfinite=True)
+    optimizer = cls(parameters(shapes=[(7,)]), skip_nonfinite=True, **PATHS[how])
     step([optimizer], 1, seed=1)
     (param,) = optimizer.param_groups[0]["params"]
     before = [x.clone() for x in (param, *optimizer.state[param].values())]

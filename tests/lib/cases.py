@@ -90,6 +90,10 @@ ON_PATH = {
 """Path -> the cases that a property meets there; conftest.path says what the paths are."""
 
 
+QUICK = {**dict.fromkeys(ON_PATH, SOME), "foreach": SOME[:1]}
+"""Path -> those of them that `make test` takes."""
+
+
 def by_id(cases: Iterable[Case]) -> dict[str, Any]:
     """Keywords for `pytest.mark.parametrize("case", **by_id(SOME))`: exactly these cases."""
     cases = list(cases)
@@ -103,16 +107,15 @@ def each_case(
 
     On the paths in `all_on` it runs with all of them. A case that is not in the table always runs.
     A test that takes no `path` counts as one of "reference". Cases that run the code of others are
-    slow, so that `make test` leaves them out: of each class one rule remains, and each penalty with
-    Adam. On the paths in `all_on` PROPERTY_CASES remain, which have every rule, and each penalty
-    with a rule of each kind.
+    slow, so that `make test` leaves them out: of each class one case with all that it has remains.
+    On the paths in `all_on`, but for the interpreted one, PROPERTY_CASES remain, which have every
+    rule, and each penalty with a rule of each kind.
     """
     cases, whole = list(cases), set(all_on)
 
     def params(path: str, *more: str) -> list[Any]:
         taken = CASES if path in whole else ON_PATH[path]
-        few = INTERPRETED_CASES if path in {"reference", "default"} else SOME
-        quick = PROPERTY_CASES if path in whole else few
+        quick = PROPERTY_CASES if path in whole and path != "fused" else QUICK[path]
         return [
             pytest.param(
                 *(case, *more),

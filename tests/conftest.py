@@ -10,10 +10,12 @@ import torch
 import fusedreg
 
 import environment  # noqa: F401  # before the first optimizer, which cases.py makes
-from cases import ON_PATH
+from cases import ON_PATH, QUICK
 
 
-@pytest.fixture(params=[*ON_PATH])
+@pytest.fixture(
+    params=[pytest.param(path, marks=[] if QUICK[path] else [pytest.mark.slow]) for path in ON_PATH]
+)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the optimizer is asked to run: by one of cases.PATHS, or as on an accelerator.
 

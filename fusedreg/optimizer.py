@@ -29,7 +29,14 @@ from fusedreg.dist import ProcessGroup
 from fusedreg.hooks import with_grad_mode, with_hooks
 from fusedreg.options import copy_options, make_pairs, make_plain
 from fusedreg.scalars import settled
-from fusedreg.stepper import OptimizerOptions, Stepper, check_norm_is_global, home, params_of
+from fusedreg.stepper import (
+    OptimizerOptions,
+    Stepper,
+    check_norm_is_global,
+    home,
+    params_of,
+    scaler_of,
+)
 from fusedreg.types import ParamGroup
 
 
@@ -79,7 +86,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
         self.defaults = {name: settled(value) for name, value in values.items()}
         self.validate({**self.defaults}, read_device=True)
         Optimizer.__init__(self, params, self.defaults)  # not that of a class of torch.optim
-        if self._own.request(self).norm:
+        if self._own.needs_norm:
             shardings = map(dist.sharding_of, params_of(self.param_groups))
             check_norm_is_global(
                 type(self).__name__, shardings, self._own.splitter, self.process_group
@@ -240,7 +247,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
     def _step(self) -> None:
         """Step, without autograd."""
         own = self._own
-        own.outcome = self._stepper.step(self, self.param_groups, self.state, own.request(self))
+        own.outcome = self._stepper.step(self, self.param_groups, self.state, own, scaler_of(self))
 
     # ---- groups, copies and checkpoints --------------------------------------------------------
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from fusedreg import backend, dist, reference
 from fusedreg.checks import check_grad, check_is_fake, check_param
 from fusedreg.contract import UpdateRule
-from fusedreg.dist import Group, ProcessGroup, Sharding, local
+from fusedreg.dist import Group, Sharding, local
 from fusedreg.engine.plan import NOT_BEFORE_CAPTURE, Plan, is_capturing
 from fusedreg.engine.watch import Watcher
 from fusedreg.formats import planes_of
@@ -36,24 +36,25 @@ from fusedreg.states import create_states, settings_of
 from fusedreg.types import ParamGroup, Settings, States, Work
 
 
-class Request(NamedTuple):
-    """What is asked of one step for all groups together."""
+class Scaler(NamedTuple):
+    """What torch.amp.GradScaler has written into the optimizer."""
 
-    max_grad_norm: float | None
-    skip_nonfinite: bool
-    process_group: ProcessGroup | None
-    splitter: str | None
-    """What gives each rank a part of the parameters and leaves no mark on them."""
-    grad_scale: Tensor | None
-    """What GradScaler says, like `found_inf`."""
-    found_inf: Tensor | None
-    skipped_steps: Tensor | None
-    """How many steps were skipped so far; counted in place."""
+    grad_scale: Tensor | None = None
+    """Divides the gradients."""
+    found_inf: Tensor | None = None
+    """Not 0: skip the step."""
 
-    @property
-    def norm(self) -> bool:
-        """Whether the norm of all gradients is needed."""
-        return self.max_grad_norm is not None or self.skip_nonfinite
+
+NO_SCALER = Scaler()
+
+
+def scaler_of(optimizer: object) -> Scaler:
+    """What GradScaler says of this step."""
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if grad_scale is None and found_inf is None:
+        return NO_SCALER
+    return Scaler(grad_scale, found_inf)
 
 
 class Outcome(NamedTuple):
@@ -86,17 +87,16 @@ class OptimizerOptions:
     warned: set[str] = field(default_factory=set)
     """Keys of groups that look like a misspelt option and that there was a warning of."""
 
-    def request(self, optimizer: object) -> Request:
-        """What is asked of a step; GradScaler writes what it says into the optimizer."""
-        return Request(
-            self.max_grad_norm,
-            self.skip_nonfinite,
-            dist.group_of(self.process_group),
-            self.splitter,
-            getattr(optimizer, "grad_scale", None),
-            getattr(optimizer, "found_inf", None),
-            self.outcome.skipped_steps,
-        )
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the norm of all gradients is needed."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def told(self, grad_norm: Tensor | None, skipped: Tensor | None, launches: int) -> Outcome:
+        """The outcome of a step, which is the last one's where it tells the same."""
+        last = self.outcome
+        same = last.grad_norm is grad_norm and last.skipped_steps is skipped
+        return last if same and last.launches == launches else Outcome(grad_norm, skipped, launches)
 
 
 class Stepper:
@@ -112,7 +112,12 @@ class Stepper:
         self.plan = None
 
     def step(
-        self, rule: UpdateRule, groups: list[ParamGroup], states: States, request: Request
+        self,
+        rule: UpdateRule,
+        groups: list[ParamGroup],
+        states: States,
+        own: OptimizerOptions,
+        scaler: Scaler,
     ) -> Outcome:
         """Step all parameters that have a gradient, without autograd.
 
@@ -120,19 +125,20 @@ class Stepper:
             rule: the optimizer.
             groups: its param groups.
             states: its state; what is missing is created.
-            request: what else is asked for.
+            own: what belongs to the optimizer and not to a group.
+            scaler: what GradScaler says.
         """
         fresh = not states
-        plan, rest = self._gather(rule, groups, states, request)
+        plan, rest = self._gather(rule, groups, states, own)
         if fresh and states and _creates_state_for_checkpoint(groups):
-            return Outcome(skipped_steps=request.skipped_steps)
-        has_parts = rule.layerwise and any(map(dist.has_parts, self._spreads(groups)))
-        if plan is None and not rest and not (request.norm or has_parts):
-            return Outcome(skipped_steps=request.skipped_steps)
-        over_ranks = has_parts or (request.norm and request.process_group is not None)
-        if plan is not None and not rest and plan.device is not None and not over_ranks:
-            return self._run_plan(plan, plan.device, request)
-        return self._run_both(rule, groups, states, request, plan, rest, has_parts)
+            return own.told(None, own.outcome.skipped_steps, 0)
+        has_parts = rule.layerwise and any(map(dist.has_parts, self._shardings(groups)))
+        if plan is None and not rest and not (own.needs_norm or has_parts):
+            return own.told(None, own.outcome.skipped_steps, 0)
+        over_ranks = has_parts or (own.needs_norm and own.process_group is not None)
+        if plan is not None and not rest and not over_ranks and plan.device is not None:
+            return self._run_plan(plan, plan.device, own, scaler)
+        return self._run_both(rule, groups, states, own, scaler, plan, rest, has_parts)
 
     def create_states(self, rule: UpdateRule, groups: list[ParamGroup], states: States) -> None:
         """Create the states of all parameters, as a step of them all would."""
@@ -143,7 +149,7 @@ class Stepper:
     # ---- what is stepped, and by what ----------------------------------------------------------
 
     def _gather(
-        self, rule: UpdateRule, groups: list[ParamGroup], states: States, request: Request
+        self, rule: UpdateRule, groups: list[ParamGroup], states: States, own: OptimizerOptions
     ) -> tuple[Plan | None, Work]:
         """The plan of what kernels step, and the rest; all checked, their state created.
 
@@ -154,7 +160,7 @@ class Stepper:
         kept = old if old is not None and self._still_holds(old, rule, groups, states) else None
         if not traced:
             self.plan = kept  # so that nothing of the old one is believed
-        self._check_norm_is_global(rule, groups, request)
+        self._check_norm_is_global(rule, groups, own)
         self._check_tensors_are_whole(rule, groups)
         if traced:
             rest = _collect(rule, groups)
@@ -234,35 +240,40 @@ class Stepper:
 
     # ---- by how much, and whether at all -------------------------------------------------------
 
-    def _run_plan(self, plan: Plan, device: torch.device, request: Request) -> Outcome:
+    def _run_plan(
+        self, plan: Plan, device: torch.device, own: OptimizerOptions, scaler: Scaler
+    ) -> Outcome:
         """Step where kernels on one device do everything, the norm too."""
         skipped = None
-        if request.found_inf is not None or request.skip_nonfinite:
-            if request.skipped_steps is None and plan.capturing():
+        if scaler.found_inf is not None or own.skip_nonfinite:
+            if own.outcome.skipped_steps is None and plan.capturing():
                 raise RuntimeError(NOT_BEFORE_CAPTURE)  # each replay would set it to 0
-            skipped = _counter(request, device)
+            skipped = _counter(own, device)
         grad_norm, launches = plan.run(
-            grad_scale=request.grad_scale,
-            found_inf=request.found_inf,
-            max_norm=request.max_grad_norm,
-            skip_nonfinite=request.skip_nonfinite,
-            norm_on=device if request.norm else None,
+            grad_scale=scaler.grad_scale,
+            found_inf=scaler.found_inf,
+            max_norm=own.max_grad_norm,
+            skip_nonfinite=own.skip_nonfinite,
+            norm_on=device if own.needs_norm else None,
             skipped=skipped,
         )
-        return Outcome(grad_norm, request.skipped_steps if skipped is None else skipped, launches)
+        return own.told(
+            grad_norm, own.outcome.skipped_steps if skipped is None else skipped, launches
+        )
 
     def _run_both(
         self,
         rule: UpdateRule,
         groups: list[ParamGroup],
         states: States,
-        request: Request,
+        own: OptimizerOptions,
+        scaler: Scaler,
         plan: Plan | None,
         rest: Work,
         has_parts: bool,
     ) -> Outcome:
         """Step where there are several devices, several ranks or the reference path."""
-        scale, skip, outcome = self._scale_and_skip(groups, request, plan, rest)
+        scale, skip, outcome = self._scale_and_skip(groups, own, scaler, plan, rest)
         squares = _squares_of_parts(rule, states, rest, scale) if has_parts else {}
         over_ranks = partial(_sum_over_ranks, groups, squares) if has_parts else None
         if plan is not None:
@@ -275,51 +286,56 @@ class Stepper:
         return outcome
 
     def _scale_and_skip(
-        self, groups: list[ParamGroup], request: Request, plan: Plan | None, rest: Work
+        self,
+        groups: list[ParamGroup],
+        own: OptimizerOptions,
+        scaler: Scaler,
+        plan: Plan | None,
+        rest: Work,
     ) -> tuple[Number, Flag, Outcome]:
         """What multiplies every gradient of this step, and whether the step is skipped."""
         stepped = [] if plan is None else plan.watcher.params
         stepped = [*stepped[:1], *(param for _, params in rest for param in params[:1])]
         device = stepped[0].device if stepped else home(groups)
-        loss_scale = number(request.grad_scale, device)
-        found_inf = number(request.found_inf, device)
+        loss_scale = number(scaler.grad_scale, device)
+        found_inf = number(scaler.found_inf, device)
         scale: Number = 1.0 if loss_scale is None else 1.0 / loss_scale
         # GradScaler sums found_inf over devices, so it may be 2.
         skip: Flag = False if found_inf is None else found_inf != 0
-        outcome = Outcome(skipped_steps=request.skipped_steps)
-        if request.norm:
+        outcome = Outcome(skipped_steps=own.outcome.skipped_steps)
+        if own.needs_norm:
             params = [param for _, params in rest for param in params]
             more = [] if plan is None else plan.norms()
-            norms = norms_by_sharding(self._spreads(groups), params, more, device)
-            norm = dist.total_norm(norms, request.process_group) * scale
+            norms = norms_by_sharding(self._shardings(groups), params, more, device)
+            norm = dist.total_norm(norms, dist.group_of(own.process_group)) * scale
             outcome = outcome._replace(grad_norm=norm.to(torch.float32))
-            if request.skip_nonfinite:
+            if own.skip_nonfinite:
                 skip = skip | number(~torch.isfinite(norm), device)
-            if request.max_grad_norm is not None and request.max_grad_norm != float("inf"):
-                scale = scale * number(clip_factor(norm, request.max_grad_norm), device)
+            if own.max_grad_norm is not None and own.max_grad_norm != float("inf"):
+                scale = scale * number(clip_factor(norm, own.max_grad_norm), device)
         if skip is not False:
-            outcome = outcome._replace(skipped_steps=_counter(request, device).add_(skip))
+            outcome = outcome._replace(skipped_steps=_counter(own, device).add_(skip))
         return scale, skip, outcome
 
     # ---- what keeps a norm from being right ----------------------------------------------------
 
     def _check_norm_is_global(
-        self, rule: UpdateRule, groups: list[ParamGroup], request: Request
+        self, rule: UpdateRule, groups: list[ParamGroup], own: OptimizerOptions
     ) -> None:
-        if request.norm:
-            who, shardings = type(rule).__name__, self._spreads(groups)
-            check_norm_is_global(who, shardings, request.splitter, request.process_group)
+        if own.needs_norm:
+            who, shardings = type(rule).__name__, self._shardings(groups)
+            check_norm_is_global(who, shardings, own.splitter, own.process_group)
 
     def _check_tensors_are_whole(self, rule: UpdateRule, groups: list[ParamGroup]) -> None:
         """Raise if per-tensor norms are needed but a shard does not know its full tensor."""
-        if rule.layerwise and dist.FLATTENED in self._spreads(groups):
+        if rule.layerwise and dist.FLATTENED in self._shardings(groups):
             raise RuntimeError(
                 f"{type(rule).__name__} needs the norm of each tensor, but "
                 "FullyShardedDataParallel flattens tensors and gives each rank a part of all: use "
                 "fully_shard, whose DTensors know what they are parts of"
             )
 
-    def _spreads(self, groups: list[ParamGroup]) -> Iterable[Sharding | None]:
+    def _shardings(self, groups: list[ParamGroup]) -> Iterable[Sharding | None]:
         """How parameters are sharded over ranks, each way once, in the same order on all ranks."""
         if self.plan is not None:
             return self.plan.watcher.shardings
@@ -340,7 +356,7 @@ def check_norm_is_global(
     who: str,
     shardings: Iterable[Sharding | None],
     splitter: str | None,
-    process_group: ProcessGroup | None,
+    process_group: object,
 ) -> None:
     """Raise where the norm that is asked for would be one of some of the gradients."""
     what = "max_grad_norm and skip_nonfinite take the norm over all gradients"
@@ -402,11 +418,11 @@ def _states_are_walkable(
     return True
 
 
-def _counter(request: Request, device: torch.device) -> Tensor:
+def _counter(own: OptimizerOptions, device: torch.device) -> Tensor:
     """How many steps were skipped so far, on a device."""
-    if request.skipped_steps is None:
+    if own.outcome.skipped_steps is None:
         return torch.zeros((), dtype=torch.int64, device=device)
-    return request.skipped_steps.to(device)
+    return own.outcome.skipped_steps.to(device)
 
 
 def _creates_state_for_checkpoint(groups: list[ParamGroup]) -> bool:

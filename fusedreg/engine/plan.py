@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -56,6 +55,7 @@ class Plan:
         self.variant: tuple[bool, ...] = ()
         self._pending = Changes(numbers=True, grads=True, copies=watcher.first_copies)
         """What has not been sent to the device yet."""
+        self._norm: Tensor | None = None
         self._launched: list[Call] = []
         """In this step."""
         self._again: list[Call] = []
@@ -118,14 +118,20 @@ class Plan:
             skipped: 0-dim int64 on that device, is increased by one where nothing changed.
             over_ranks: sums squares over ranks, for a layerwise rule where there are parts.
         """
-        said = (scale, skip, grad_scale, found_inf, max_norm, norm_on, skipped, over_ranks)
-        plain = all(map(is_, said, (ONE, False, None, None, None, None, None, None)))
+        plain = (
+            scale is ONE
+            and skip is False
+            and grad_scale is None
+            and found_inf is None
+            and max_norm is None
+            and norm_on is None
+            and skipped is None
+            and over_ranks is None
+        )
         if plain and self._again and not self._has_news():
             self._do(self._again)
             return None, self._finish(moved=True)
-        grad_norm = (
-            None if norm_on is None else torch.empty((), dtype=torch.float32, device=norm_on)
-        )
+        grad_norm = None if norm_on is None else self._take_norm(norm_on)
         clips = max_norm is not None and max_norm != float("inf")
         scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
         if self.gpus:
@@ -150,7 +156,6 @@ class Plan:
             self._pending = self._pending._replace(numbers=True)
         before = self._skipped_here(skipped)
         self._send_moved()
-        numbers_of_norm = (grad_norm, skipped, grad_scale, found_inf)
         steps: list[tuple[torch.device, list[Call]]] = []
         for device, memory in self.memory.items():
             with _current(device):
@@ -169,8 +174,10 @@ class Plan:
                     grad_norm=grad_norm,
                     skipped=skipped,
                 )
-                usual = same and all(number is None for number in numbers_of_norm)
-                self._do(self._prepared(memory, "rows", usual, rows, grads))
+                usual = same and skipped is None and grad_scale is None and found_inf is None
+                usual = usual and (grad_norm is None or not self.gpus)
+                key = ("rows", grad_norm is None)
+                self._do(self._prepared(memory, key, usual, rows, grads))
                 if self.watcher.layerwise:
                     squares = partial(self._squares, numbers=numbers, scaled=scaled)
                     self._do(self._prepared(memory, ("squares", scaled), same, squares, grads))
@@ -184,7 +191,15 @@ class Plan:
         # On a GPU there is more to look after in every step: captures, and the current device.
         self._again = [] if self.gpus or not plain else [*self._launched]
         moved = skip is not True and before == self._skipped_here(skipped)
-        return grad_norm, self._finish(moved)
+        # A caller may keep the norm of a step.
+        told = grad_norm if self.gpus or grad_norm is None else grad_norm.clone()
+        return told, self._finish(moved)
+
+    def _take_norm(self, device: torch.device) -> Tensor:
+        """What takes the norm: on a CPU always the same, so that launches can be made again."""
+        if self._norm is None or self.gpus:
+            self._norm = torch.empty((), dtype=torch.float32, device=device)
+        return self._norm
 
     def _has_news(self) -> bool:
         """Whether anything has to be sent to a device."""

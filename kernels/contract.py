@@ -5,7 +5,7 @@ launches it over the `Table` of the bucket. Triton's backend is in gpu/ and LLVM
 the device functions in device/. A step of one bucket is
 
     norms    the norm of each chunk of the gradients, if a norm is asked for
-    rows     one row of numbers for each tensor: whether it moves, scale, scalars of the rule, counts
+    rows     one row of numbers for each tensor: whether it moves, scale, scalars, counts
     squares  for a layerwise rule: two sums of squares for each tensor
     step     parameters, states and counts
 
@@ -186,7 +186,7 @@ class Backend(Protocol):
             program, table, grads: as for `norms`.
             numbers: float64, the header and a line for each group; see layout.py.
             out: float64, (tensors, program.row), written.
-            partials: norms of all chunks of this device, of other tables too; None computes no norm.
+            partials: norms of all chunks of this device, also of other tables; None: no norm.
             grad_scale, found_inf: one-element tensors on this device, or None.
             grad_norm, skipped: 0-dim float32 and int64, written where given.
         """

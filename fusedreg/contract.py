@@ -156,7 +156,7 @@ class UpdateRule:
                 state.update(zip(planes, created, strict=True))
 
     def device_rule(self, group: Settings) -> DeviceRule | str | None:
-        """The rule for kernels: a `fusedreg.kernels.device.rules.Rule`, or the name of one there.
+        """The rule for kernels: a `fusedreg.kernels.rules.Rule`, or the name of one of the package.
 
         None, as here, leaves all parameters of the group to the reference path.
         """

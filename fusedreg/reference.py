@@ -1,7 +1,7 @@
 """The order of a step, for one parameter, in ordinary torch operations on any device.
 
-    unscale and clip -> maximize sign -> coupled penalties -> decoupled decay -> moments and step
-    -> L1 threshold
+    unscale and clip -> maximize sign -> penalties on the gradient -> moments and direction
+    -> decay of the parameter -> step -> proximal penalties
 
 This is what the device code is tested against, so it is written to be read. Low precision is
 stepped in float32 and rounded once, at the store; every operation is elementwise, so strides and

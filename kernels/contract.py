@@ -1,15 +1,16 @@
 """What the engine and the two compilers agree on.
 
 The engine sorts tensors into buckets, one for each `Program`. A backend compiles a program and
-launches it over the `Table` of the bucket. Triton's is in gpu/, LLVM's in cpu/, and both run the
-same device functions, those in device/. A step of one bucket is
+launches it over the `Table` of the bucket. Triton's backend is in gpu/ and LLVM's in cpu/. Both run
+the device functions in device/. A step of one bucket is
 
-    norms    the norm of each chunk of the gradients, where a norm is asked for rows     one row of
-    numbers for each tensor: whether it moves, scale, scalars of the rule, counts squares  for a
-    layerwise rule: two sums of squares for each tensor step     parameters, states and counts
+    norms    the norm of each chunk of the gradients, if a norm is asked for
+    rows     one row of numbers for each tensor: whether it moves, scale, scalars, counts
+    squares  for a layerwise rule: two sums of squares for each tensor
+    step     parameters, states and counts
 
-Whatever the number of tensors and param groups, each is one launch (`squares` is two). A method of
-a backend returns calls, which may be made again in any step with the same tables.
+Each is one launch (`squares` is two) for any number of tensors and param groups. A method of a
+backend returns calls, which may be made again in any step with the same tables.
 """
 
 from __future__ import annotations
@@ -182,11 +183,12 @@ class Backend(Protocol):
         """Writes the row of every tensor, with its new counts, which `step` stores.
 
         Args:
-            program, table, grads: as for `norms`. numbers: float64, the header and a line for each
-            group; see layout.py. out: float64, (tensors, program.row), written. partials: norms of
-            all chunks of this device, of other tables too; None computes no norm. grad_scale,
-            found_inf: one-element tensors on this device, or None. grad_norm, skipped: 0-dim
-            float32 and int64, written where given.
+            program, table, grads: as for `norms`.
+            numbers: float64, the header and a line for each group; see layout.py.
+            out: float64, (tensors, program.row), written.
+            partials: norms of all chunks of this device, also of other tables; None: no norm.
+            grad_scale, found_inf: one-element tensors on this device, or None.
+            grad_norm, skipped: 0-dim float32 and int64, written where given.
         """
 
     def squares(

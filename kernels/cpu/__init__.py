@@ -1,5 +1,4 @@
-"""The device code for the host: the same rules and penalties, compiled by LLVM.
+"""The kernels of a CPU: the same rules and penalties, compiled by LLVM.
 
-Imports torch and llvmlite; fusedreg.kernels.device.language imports triton only where it is there.
-Start with backend.py.
+It imports torch and llvmlite, and triton only if it is installed. Start with backend.py.
 """

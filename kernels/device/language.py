@@ -1,7 +1,7 @@
 """triton and its language, for device code that is also read where triton is not installed.
 
-Rules and penalties are compiled by triton for a GPU and by LLVM for the host, see host/build.py,
-which needs only their Python functions.
+Rules and penalties are compiled by triton for a GPU and by LLVM for a CPU. For LLVM their Python
+functions are enough; see cpu/compiler.py.
 """
 
 from __future__ import annotations

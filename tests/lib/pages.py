@@ -59,7 +59,9 @@ def output(example: Example) -> str:
     """Run a block as a script; what it prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile(example.code, f"<{example.section}>", "exec"), {"__name__": "__main__"})
+        # The block has no `from __future__ import annotations`, as this file has.
+        code = compile(example.code, f"<{example.section}>", "exec", dont_inherit=True)
+        exec(code, {"__name__": "__main__"})
     return out.getvalue()
 
 

@@ -49,7 +49,7 @@ class Method:
     @cached_property
     def case(self) -> Any:
         """The same for the oracle."""
-        from fusedreg.check.cases import Case  # noqa: PLC0415  # another commit may lack it
+        from fusedreg.cases import Case  # noqa: PLC0415  # another commit may lack it
 
         return Case(self.cls, "bench", getattr(fusedreg, self.cls), self.kwargs)
 

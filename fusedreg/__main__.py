@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from fusedreg.check.cases import CASES, DTYPES
+from fusedreg.cases import CASES, DTYPES
 
 DEMO_EXTRA = ("matplotlib", "numpy", "sklearn")
 """Modules that only the demo imports."""
@@ -85,7 +85,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _case(name: str) -> str:
     if name not in {case.id for case in CASES}:
-        known = f"{CASES[0].id} to {CASES[-1].id}, see fusedreg.check.cases.CASES"
+        known = f"{CASES[0].id} to {CASES[-1].id}, see fusedreg.cases.CASES"
         raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
     return name
 

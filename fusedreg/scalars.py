@@ -91,13 +91,6 @@ def is_on_device(value: object) -> bool:
     return isinstance(value, Tensor) and not on_host(value)
 
 
-def wide(value: Number) -> Number:
-    """A number of an option for float64 arithmetic; a tensor only where it must not be read."""
-    if isinstance(value, Tensor) and not on_host(value):
-        return value.detach().to(wide_dtype(value.device))
-    return float(value)
-
-
 def settled(value: Any) -> Any:
     """A number of a 0-dim array as a float; anything else as it is."""
     is_array = not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import track
 
 from fusedreg import backend
+from fusedreg.cases import CASES, DTYPES, Case
 from fusedreg.check import accuracy, installation, report
 from fusedreg.check.accuracy import Place, Row
-from fusedreg.check.cases import CASES, DTYPES, Case
 from fusedreg.machine import one_thread
 
 __all__ = ["devices", "examine", "run"]

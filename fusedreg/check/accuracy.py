@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from fusedreg.check.cases import DTYPES, PENALTIES, RULES, Case, History
+from fusedreg.cases import DTYPES, PENALTIES, RULES, Case, History
 from fusedreg.check.oracle import Slot, clip, one_step
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.scalars import wide_dtype
@@ -70,7 +70,7 @@ class Place(NamedTuple):
 
     @property
     def option(self) -> str:
-        """What the constructor is asked for, a name in `fusedreg.check.cases.PATHS`."""
+        """What the constructor is asked for, a name in `fusedreg.cases.PATHS`."""
         if self.path == "reference":
             return "reference"
         # Nobody has to ask for a device's own kernels.

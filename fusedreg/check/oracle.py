@@ -1,6 +1,6 @@
 """A whole step in float64, from the papers, sharing no code with the package.
 
-The formula of each class is in `fusedreg.check.cases`; this is the step around it. Sources:
+The formula of each class is in `fusedreg.cases`; this is the step around it. Sources:
 Loshchilov and Hutter (2019), algorithm 2, with torch's lr * weight_decay; Yun, Lozano and Yang,
 ProxGen (2021) for the threshold; You et al. (2020), algorithm 2, for the trust ratio.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedreg.check.cases import FORMULAS, Case, History, Value
+from fusedreg.cases import FORMULAS, Case, History, Value
 
 
 @dataclass

@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fusedreg.cases import DTYPES, PENALTIES
 from fusedreg.check.accuracy import Row, dtype_name
-from fusedreg.check.cases import DTYPES, PENALTIES
 from fusedreg.check.installation import Finding
 from fusedreg.machine import Record, environment
 

@@ -38,7 +38,12 @@ class Term(NamedTuple):
     function: DeviceFunction | str
     """The device function, or its name in kernels/device/penalties.py."""
     numbers: tuple[Number, ...]
-    """What it takes. They must not depend on lr. Groups without the penalty have zeros instead."""
+    """What it takes: options as they are, but not lr. Groups without the penalty have zeros.
+
+
+    The tensor of an option on a GPU is read there in every step. What is computed from it would be
+    formed only once: the device function has to do that.
+    """
 
 
 class Penalty:

@@ -11,7 +11,7 @@ from fusedreg.checks import check_number
 from fusedreg.options import Option
 from fusedreg.penalties.base import Penalty, Term
 from fusedreg.penalty import value
-from fusedreg.scalars import Number, is_zero, on_host, wide
+from fusedreg.scalars import Number, is_zero, on_host
 from fusedreg.types import ParamGroup, Settings
 
 
@@ -59,7 +59,8 @@ class L2(Penalty):
         if is_zero(group["weight_decay"]):
             return
         if group["decoupled_weight_decay"]:
-            yield Term("decay", "l2_decay", (_coefficient(group),))
+            decay_lr = group["decay_lr"] if group["lr_independent_decay"] else 1.0
+            yield Term("decay", "l2_decay", (group["weight_decay"], decay_lr))
         else:
             yield Term("gradient", "l2_gradient", (group["weight_decay"],))
 
@@ -75,7 +76,10 @@ class L2(Penalty):
         """`weight_decay`, where it is decoupled."""
         if not settings["decoupled_weight_decay"] or is_zero(settings["weight_decay"]):
             return 0.0
-        return _coefficient(settings)
+        coefficient: Number = settings["weight_decay"]
+        if settings["lr_independent_decay"]:
+            coefficient = coefficient / settings["decay_lr"]
+        return coefficient
 
     def value(self, settings: Settings, w: Tensor) -> Tensor:
         """`weight_decay / 2 * sum(w**2)`."""
@@ -85,11 +89,3 @@ class L2(Penalty):
         """The gradient `weight_decay * w`."""
         gradient: Tensor = settings["weight_decay"] * w
         return gradient, gradient
-
-
-def _coefficient(group: Settings) -> Number:
-    """What the rate multiplies in the decoupled decay."""
-    weight_decay: Number = group["weight_decay"]
-    if not group["lr_independent_decay"]:
-        return weight_decay
-    return wide(weight_decay) / wide(group["decay_lr"])

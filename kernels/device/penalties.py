@@ -36,8 +36,8 @@ def l2_gradient(g, w, numbers):
 
 @triton.jit
 def l2_decay(w, direction, numbers):
-    """weight_decay."""
-    return numbers[0]
+    """weight_decay / decay_lr."""
+    return tl.where(numbers[0] == 0.0, 0.0, numbers[0] / numbers[1])
 
 
 @triton.jit

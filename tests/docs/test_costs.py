@@ -31,7 +31,7 @@ PARTS = {
             "fusedreg/optimizers/lion.py",
             "kernels/device/rules.py",
             "fusedreg/__init__.py",
-            "fusedreg/check/cases.py",
+            "fusedreg/cases.py",
         ),
     ),
     "L2": Part(

@@ -246,7 +246,7 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
         "adam-decay", "step", "penalties", "0.0, g, g + weight_decay * w)", "0.0, g, g - w)"
     ),
     "decoupled": (
-        "adamw-decay", "step", "penalties", "return numbers[0]", "return 2.0 * numbers[0]"
+        "adamw-decay", "step", "penalties", "numbers[0] / numbers[1])", "numbers[0])"
     ),
     "order of a step": (
         "adamw-decay", "step", "step", "1.0, w, w * keep)", "1.0, w, w + keep)"

@@ -68,7 +68,7 @@ BITS = Bits()
 @cache
 def stored_as_bits(cls: type[fusedreg.FusedOptimizer]) -> Any:
     """A class whose moments are stored so."""
-    return type(cls.__name__, (cls,), {"state_format": lambda self, group, param: BITS})
+    return type(f"{cls.__name__}AsBits", (cls,), {"state_format": lambda self, group, param: BITS})
 
 
 def states_of(optimizer: Any) -> dict[Any, dict[str, Tensor]]:

@@ -419,23 +419,34 @@ def test_gradients_may_change_layout_and_alignment() -> None:
     assert_close(parameters_of(fused), parameters_of(reference), 8)
 
 
+@pytest.mark.parametrize("independent", [False, True])
 @each_case(KERNEL_CASES)
 def test_numbers_on_the_device_are_live_and_equal_those_of_the_host(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    case: Case, independent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = [0.1, 0.0, 0.3]
-    plain = case.make(parameters(shapes=[(5,), (7,)]), "fused", max_grad_norm=0.5)
-    for seed, rate in enumerate(rates):
-        plain.param_groups[0]["lr"] = rate
-        run(plain, 1, first_seed=seed)
+    """Each is changed in place, without anyone telling, and read in each step."""
+    options: dict[str, Any] = {"max_grad_norm": 0.5}
+    if independent:
+        options |= {"decoupled_weight_decay": True, "lr_independent_decay": True}
+    values: dict[str, list[float]] = {"lr": [0.1, 0.0, 0.3]}
+    for name in {"weight_decay", "l1"} & case.kwargs.keys():
+        values[name] = [case.kwargs[name], 0.5 * case.kwargs[name], 2.0 * case.kwargs[name]]
+    values |= {"decay_lr": [0.1, 0.2, 0.4]} if independent else {}
+
+    plain = case.make(parameters(shapes=[(5,), (7,)]), "fused", **options)
+    for step in range(3):
+        for name, each in values.items():
+            plain.param_groups[0][name] = each[step]
+        run(plain, 1, first_seed=step)
 
     for module in (fusedreg.scalars, fusedreg.checks, fusedreg.engine.numbers):
         monkeypatch.setattr(module, "on_host", lambda value: False)
-    optimizer = case.make(parameters(shapes=[(5,), (7,)]), "fused", max_grad_norm=0.5)
+    optimizer = case.make(parameters(shapes=[(5,), (7,)]), "fused", **options)
     group = optimizer.param_groups[0]
-    for name in {"lr", "weight_decay", "l1"} & case.kwargs.keys():
-        group[name] = torch.tensor(group[name], dtype=torch.float64)
-    for seed, rate in enumerate(rates):
-        group["lr"].fill_(rate)  # read in each step, without anyone telling
-        run(optimizer, 1, first_seed=seed)
+    for name, each in values.items():
+        group[name] = torch.tensor(each[0], dtype=torch.float64)
+    for step in range(3):
+        for name, each in values.items():
+            group[name].fill_(each[step])
+        run(optimizer, 1, first_seed=step)
     assert frozen(parameters_of(optimizer)) == frozen(parameters_of(plain))

@@ -1,6 +1,6 @@
 """Which of the package's cases a test takes, and the tensors that they step.
 
-The table itself is fusedreg/check/cases.py: a new optimizer adds rules there, a new backend adds a
+The table itself is fusedreg/cases.py: a new optimizer adds rules there, a new backend adds a
 path; no test changes.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedreg.check.cases import (
+from fusedreg.cases import (
     CASES,
     CLASSES,
     DTYPES,

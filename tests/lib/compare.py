@@ -131,7 +131,7 @@ def beyond_torch(cls: Any) -> set[str]:
 
     The momentum mass is one, which also exists where a first step may be skipped.
     """
-    return {*cls.counts} & {*cls.late_states}
+    return {*getattr(cls, "counts", ())} & {*getattr(cls, "late_states", ())}
 
 
 def torchs_state(optimizer: Any) -> list[Any]:

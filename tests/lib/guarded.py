@@ -19,7 +19,7 @@ from torch import Tensor, nn
 if "fused" in sys.argv:
     import environment  # noqa: F401  # which has triton interpret, as in the suite
 
-from fusedreg.check.cases import DTYPES, PENALTIES, RULES, Case
+from fusedreg.cases import DTYPES, PENALTIES, RULES, Case
 from fusedreg.kernels.cpu.backend import BACKEND
 from fusedreg.kernels.device.rules import RULES as DEVICE_RULES
 

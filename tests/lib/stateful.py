@@ -35,7 +35,7 @@ from hypothesis.stateful import (
 )
 
 import fusedreg
-from fusedreg.check.cases import CLASSES
+from fusedreg.cases import CLASSES
 
 import environment  # noqa: F401  # by itself too, triton interprets as in the suite
 from stateful_program import COUNTS, DTYPES, GRADS, MEMORY, SHAPES, SIZES, Program, number_of

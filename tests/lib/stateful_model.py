@@ -1,4 +1,4 @@
-"""What a step must give, in intervals around float64: the formulas of fusedreg/check/cases.py and
+"""What a step must give, in intervals around float64: the formulas of fusedreg/cases.py and
 the step around them, sharing no code with the package.
 
 A model of one optimizer would drift from it, rounding by rounding. So a step is judged alone: it
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedreg.check.cases import FORMULAS
+from fusedreg.cases import FORMULAS
 from fusedreg.check.oracle import shrink
 
 from intervals import Count, Interval, Precision, precision

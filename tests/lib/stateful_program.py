@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedreg
-from fusedreg.check.cases import PATHS
+from fusedreg.cases import PATHS
 
 import environment  # noqa: F401  # by itself too, triton interprets as in the suite
 import stateful_model as model

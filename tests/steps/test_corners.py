@@ -1,7 +1,7 @@
 """Numbers near both ends of a dtype: what a step forms on the way must not leave it sooner.
 
 Where gradient, parameter and states are finite, and so are what the formula makes of them, a step
-is the formula's up to roundings. The formulas are those of `fusedreg.check.cases`. They are
+is the formula's up to roundings. The formulas are those of `fusedreg.cases`. They are
 evaluated on decimal numbers, which no size leaves, and on ranges of them: `Range` has the
 arithmetic.
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedreg
-from fusedreg.check.cases import adam
+from fusedreg.cases import adam
 
 from cases import DTYPES, PATHS, parameters, run, set_grads, ulp
 from compare import frozen, parameters_of

@@ -126,7 +126,7 @@ def test_mypy_knows_the_options() -> None:
         capture_output=True,
         check=False,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     found = dict(re.findall(r"^<string>:(\d+): error: (.*)$", ran.stdout, re.MULTILINE))
     expected = {str(3 + index): words for index, words in enumerate(CALLS.values()) if words}

@@ -148,8 +148,8 @@ def test_an_llvmlite_that_does_not_compile_stops_its_kernels(
     def refuses(*_: object) -> None:
         raise RuntimeError("no such target")
 
-    llvm = importlib.import_module("fusedreg.kernels.cpu.backend")
-    monkeypatch.setattr(llvm, "step_loop", refuses)
+    loops = importlib.import_module("fusedreg.kernels.cpu.loops")
+    monkeypatch.setattr(loops, "norm_loop", refuses)
     assert main([*ONE_STEP, f"--json={tmp_path / 'check.json'}"]) == 2
     printed = capsys.readouterr().out
     said = "llvmlite does not compile the kernels of the CPU (RuntimeError: no such target)"

@@ -40,7 +40,6 @@ class Term(NamedTuple):
     numbers: tuple[Number, ...]
     """What it takes: options as they are, but not lr. Groups without the penalty have zeros.
 
-
     The tensor of an option on a GPU is read there in every step. What is computed from it would be
     formed only once: the device function has to do that.
     """

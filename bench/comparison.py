@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from itertools import islice, product
 from typing import Any
-from unittest import mock
 
 import measure
 import torch
-from contenders import REFERENCE, Contender, Maker, Task, compiled, contenders, own
-from jobs import GPT2, TINY, Groups, Job, count
-from measure import Key, Machine, Times, rounds, spread, time_limit
+from contenders import REFERENCE, Contender, Maker, compiled, contenders, own
+from jobs import Groups, Job, count
+from measure import Key, Machine, Times, rounds, spread
 from methods import DTYPES, METHODS, moved_numbers, needed_numbers
-from verify import Setting, Verdict
+from verify import Setting
 
 Row = dict[str, Any]
 
@@ -24,34 +22,11 @@ READABLE = 2**25
 """Parameters, of which fusedreg's reference path makes a step in less than a second."""
 
 
-@dataclass
-class Runner:
-    """A contender that has taken its first steps, and how right they were."""
-
-    contender: Contender
-    verdict: Verdict
-    machine: Machine
-    host: float | None = None
-    extra: int | None = None
-
-    @property
-    def backend(self) -> str | None:
-        return getattr(self.contender.optimizer, "backend", None)
-
-    def timed(self, name: str, parts: bool = False) -> dict[Key, Callable[[], float]]:
-        """The whole step, or each part of it, for `rounds`."""
-        calls = self.contender.parts if parts else {"": self.contender.step}
-        time = partial(measure.milliseconds, machine=self.machine, host=self.host or 0.0)
-        return {(name, part): partial(time, call) for part, call in calls.items()}
-
-
-def prepare(contender: Contender, setting: Setting, task: Task, machine: Machine) -> Runner:
-    """Verify; on a GPU, see what a step takes of host and memory."""
-    runner = Runner(contender, setting.check(contender, task), machine)
-    if machine.on_gpu:
-        runner.host = measure.host_seconds(contender.step, machine)
-        runner.extra = measure.extra_bytes(contender.step)
-    return runner
+def timed(name: str, contender: Contender, machine: Machine, parts: bool) -> Any:
+    """The milliseconds of the whole step, or of each part of it, for `rounds`."""
+    calls = contender.parts if parts else {"": contender.step}
+    time = partial(measure.milliseconds, machine=machine, host=contender.host)
+    return {(name, part): partial(time, call) for part, call in calls.items()}
 
 
 def fusedreg_on(machine: Machine) -> Maker:
@@ -95,58 +70,57 @@ def compare(job: Job, shapes: Groups, makers: dict[str, Maker], machine: Machine
     setting = Setting(shapes, DTYPES[job.dtype], machine.device, job.scaled)
     task = setting.task(METHODS[job.method], job.clip)
     setting.expected(task)  # before others take memory
-    limit = min(machine.compile_seconds, machine.left()) if job.compiled else None
-    runners: dict[str, Runner] = {}
+    made: dict[str, Contender] = {}
     failures: dict[str, str] = {}
     for name, make in makers.items():
         try:
-            with time_limit(limit):
-                runners[name] = prepare(make(setting.groups, task), setting, task, machine)
+            made[name] = setting.prepare(make, task, machine)
         except Exception as error:  # whatever it is, the others shall be timed
             failures[name] = reason(error)
         release(machine)  # when the error, which holds on to its tensors, is gone
-    timed: dict[Key, Callable[[], float]] = {}
-    for name, runner in runners.items():
-        timed |= runner.timed(name, job.kind == "parts")
-    times = rounds(timed, machine, setting.set_grads)
+    calls: dict[Key, Callable[[], float]] = {}
+    for name, contender in made.items():
+        calls |= timed(name, contender, machine, job.kind == "parts")
+    times = rounds(calls, machine, setting.set_grads)
     head = {**asdict(job), "scaled": job.scaled, "parameters": count(shapes)}
     head |= {"tensors": len(setting.params), "groups": len(shapes)}
     del head["compiled"]
     failed = {"part": "all", "matches": False}
-    of = {name: rows_of(name, runners, times, job, head["parameters"]) for name in runners}
+    of = {name: rows_of(name, made, times, job, head["parameters"], machine) for name in made}
     of |= {n: [{"implementation": n, **failed, "verdict": why}] for n, why in failures.items()}
     return [{**head, **row} for name in makers for row in of[name]]
 
 
-def rows_of(name: str, runners: dict[str, Runner], times: Times, job: Job, numel: int) -> list[Row]:
+def rows_of(
+    name: str, made: dict[str, Contender], times: Times, job: Job, numel: int, machine: Machine
+) -> list[Row]:
     """The whole step, and its parts where they were timed."""
-    runner, ours = runners[name], runners.get("fusedreg")
-    shown = f"{name} ({runner.backend})" if name == "fusedreg" else name
+    contender, ours = made[name], made.get("fusedreg")
+    shown = f"{name} ({contender.backend})" if name == "fusedreg" else name
     size, method = DTYPES[job.dtype].itemsize, METHODS[job.method]
     moved = moved_numbers(method, job.clip, job.scaled, shown)
     needed = size * needed_numbers(method, job.clip)
-    whole = total(times, name)
-    same = {"implementation": shown, "backend": runner.backend, "rounds": len(whole)}
-    same |= {"matches": runner.verdict.matches, "verdict": str(runner.verdict)}
+    whole, verdict = total(times, name), contender.verdict
+    same = {"implementation": shown, "backend": contender.backend, "rounds": len(whole)}
+    same |= {"matches": verdict.matches, "verdict": str(verdict)}
     ratios: Any = [None] * 3
-    if runner.verdict.matches and ours and ours.verdict.matches:
+    if verdict.matches and ours and ours.verdict.matches:
         ratios = spread([a / b for a, b in zip(whole, total(times, "fusedreg"), strict=True)])
-    elif runner.verdict.matches:
+    elif verdict.matches:
         same["verdict"] = "no ratio: fusedreg's results differ or it failed"
     row = {
         **same,
         "part": "all",
         **in_ms(whole),
         **dict(zip(("ratio", "ratio_p20", "ratio_p80"), ratios, strict=True)),
-        "error_of_bound": runner.verdict.of_bound,
+        "error_of_bound": verdict.of_bound,
         "needed_bytes": needed,
         "moved_bytes": size * sum(moved.values()) if moved else None,
-        "host_us": None if runner.host is None else 1e6 * runner.host,
-        "launches": getattr(runner.contender.optimizer, "launches", None),
-        "extra_mib": None if runner.extra is None else runner.extra / 2**20,
+        "host_us": 1e6 * contender.host if machine.on_gpu else None,
+        "launches": getattr(contender.optimizer, "launches", None),
     }
     row["gb_per_s"] = needed * numel / (1e6 * row["ms"])
-    row["of_bandwidth"] = 1e9 * row["gb_per_s"] / runner.machine.bandwidth
+    row["of_bandwidth"] = 1e9 * row["gb_per_s"] / machine.bandwidth
     parts = [
         {**same, "part": part, **in_ms(ms), "moved_bytes": size * moved[part] if moved else None}
         for (who, part), ms in times.items()
@@ -175,30 +149,3 @@ def release(machine: Machine) -> None:
     gc.collect()
     if machine.on_gpu:
         torch.cuda.empty_cache()
-
-
-def sweep(machine: Machine) -> list[Row]:
-    """AdamW in float32 with other launch constants of the kernels; only what is right is timed."""
-    from fusedreg.kernels import table  # noqa: PLC0415  # triton only where it is asked for
-    from fusedreg.kernels.gpu import backend  # noqa: PLC0415
-
-    shapes = TINY["tiny"] if machine.dry else [GPT2]
-    setting = Setting(shapes, torch.float32, machine.device)
-    grid = product((1024, 2048, 4096), (4, 8), (8192, 16384, 32768, 65536), (False, True))
-    found: list[Row] = []
-    for block, warps, chunk, clip in islice(grid, 2 if machine.dry else None):
-        if machine.left() < 0:
-            break
-        task = setting.task(METHODS["AdamW"], clip)
-        row: Row = {"block": block, "warps": warps, "chunk": chunk, "clip": clip}
-        with (
-            mock.patch.multiple(backend, BLOCK=block, CHUNK=chunk),
-            mock.patch.dict(backend.LAUNCH_OPTIONS, num_warps=warps),
-            mock.patch.object(table, "CHUNK", chunk),
-        ):
-            runner = prepare(fusedreg_on(machine)(setting.groups, task), setting, task, machine)
-            if runner.verdict.matches:
-                (times,) = rounds(runner.timed(""), machine, setting.set_grads).values()
-                row |= in_ms(times)
-        found.append({**row, "verdict": str(runner.verdict)})
-    return found

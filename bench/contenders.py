@@ -25,6 +25,13 @@ class Contender:
 
     optimizer: Any
     parts: dict[str, Callable[[], object]]
+    verdict: Any = None
+    host: float = 0.0
+    """Seconds that a GPU's step takes of the host."""
+
+    @property
+    def backend(self) -> str | None:
+        return getattr(self.optimizer, "backend", None)
 
     def step(self) -> None:
         for part in self.parts.values():

@@ -101,7 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a few small steps instead, untimed")
     if parser.parse_args().small:
-        return small_steps()
+        small_steps()
+        return
     torch.set_num_threads(1)
     print(f"AdamW, {TENSORS} parameters in {GROUPS} groups; microseconds of the host")
     print(f"{'':<46}{'min':>8}{'median':>8}")

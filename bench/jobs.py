@@ -55,12 +55,8 @@ MODELS: dict[str, Groups] = {
     "GPT-2 124M in 50 groups": [GPT2[first::50] for first in range(50)],
     "GPT 1.3B": [transformer(24, 2048, (50257, 2048), (2048, 2048))],
 }
-SIZES: dict[str, Groups] = {
-    f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)
-}
-TENSORS: dict[str, Groups] = {
-    f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)
-}
+SIZES = {f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)}
+TENSORS = {f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)}
 SMALL: dict[str, Groups] = {
     "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
     "1 M in 500 tensors": even(2**20, 500),
@@ -68,28 +64,14 @@ SMALL: dict[str, Groups] = {
 OF_TARGETS: dict[str, Groups] = {
     "GPT-2 124M": [GPT2],
     "144 tensors of 264000": even(144 * 264000, 144),
-    "3000 tensors of 3500": even(3000 * 3500, 3000),
+    "3000 tensors of 3500": MODELS["3000 tensors of 3500"],
     "10 tensors of 1000": even(10 * 1000, 10),
 }
 """Two that are large, one of many tensors, and a small one, of which a step is overhead."""
 TINY: dict[str, Groups] = {"tiny": [[(40, 30), (3,)]], "tiny in 2 groups": [[(40, 30)], [(3,)]]}
-TINY_SWEEP: dict[str, Groups] = {"300 in 2 tensors": even(300, 2), "600 in 2 tensors": even(600, 2)}
-
-
-def of_targets(dry: bool) -> dict[str, Groups]:
-    return {**TINY, **TINY_SWEEP} if dry else OF_TARGETS
-
-
-def all_shapes(dry: bool) -> dict[str, Groups]:
-    return {**TINY, **TINY_SWEEP} if dry else {**MODELS, **SIZES, **TENSORS}
-
-
-COMPILED = {
-    "gpu": ("ResNet-50", "GPT-2 124M"),
-    "cpu": (f"{2**23} in 16 tensors",),  # 161 tensors take 40 s to compile
-    "dry": ("tiny",),
-}
-"""The models for which torch.compile's optimizers are timed."""
+TINY |= {f"{numel} in 2 tensors": even(numel, 2) for numel in (300, 600)}
+"""Two models and two sizes for a dry run."""
+SHAPES = {**MODELS, **SIZES, **TENSORS, **OF_TARGETS, **TINY}
 
 LONG = 2**24
 """Parameters; a CPU steps more in seconds."""
@@ -126,11 +108,12 @@ def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     next model. So do the methods that are not among the usual, in as few comparisons as there can
     be; what else there is of them comes at the very end.
     """
-    of, models = all_shapes(dry), list(TINY if dry else MODELS)
-    sizes, tensors = (TINY_SWEEP, TINY_SWEEP) if dry else (SIZES, TENSORS)
+    tiny = list(TINY)
+    models, sizes, tensors = list(MODELS), list(SIZES), list(TENSORS)
+    if dry:
+        models, sizes, tensors = tiny[:2], tiny[2:], tiny[2:]
     sweeps = [Job("size", name) for name in sizes] + [Job("tensors", name) for name in tensors]
-    long = [job for job in sweeps if count(of[job.model]) > LONG]
-    sweeps = [job for job in sweeps if job not in long]
+    long = [job for job in sweeps if count(SHAPES[job.model]) > LONG]
     axes: list[list[Any]] = [models, list(METHODS), list(DTYPES), [True, False]]
 
     def rank(values: tuple[Any, ...]) -> tuple[int, ...]:
@@ -141,15 +124,13 @@ def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     usual = [job for job in every if job.method in USUAL]
     near = 1 + sum(len(axis) - 1 for axis in (USUAL, *axes[2:]))  # of the first model
     rare, few = [job for job in every if job.method not in USUAL], len(METHODS) - len(USUAL)
-    compiled = [
-        Job("compiled", model, clip=clip, compiled=how)
-        for how in ("foreach", "fused")
-        for clip in (True, False)
-        for model in COMPILED["dry" if dry else "gpu" if gpu else "cpu"]
-    ]
-    if quick or not (gpu or dry):
-        compiled = compiled[:1]
-    found = [usual[0], Job("parts", models[0]), *sweeps, *usual[1:near], *compiled[:1]]
+    # A CPU compiles for 40 s where there are 161 tensors.
+    ways = product(("foreach", "fused"), (True, False), models[:2])
+    compiled = [Job("compiled", model, clip=clip, compiled=how) for how, clip, model in ways]
+    if not (gpu or dry):
+        compiled = [Job("compiled", f"{2**23} in 16 tensors", compiled="foreach")]
+    short = [job for job in sweeps if job not in long]
+    found = [usual[0], Job("parts", models[0]), *short, *usual[1:near], *compiled[:1]]
     if quick:
         return found
     found += [usual[near], *rare[:few]]

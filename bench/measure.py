@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -29,8 +26,6 @@ class Machine:
     deadline: float
     seconds: float
     """For the rounds of one comparison, if the least of them take less."""
-    compile_seconds: float = 60.0
-    """No compiler is waited for any longer."""
     dry: bool = False
     bandwidth: float = 0.0
     """Bytes per second, which of_bandwidth is a fraction of."""
@@ -47,12 +42,11 @@ class Machine:
             torch.cuda.synchronize()
 
     def free_memory(self) -> int:
-        """Bytes that can be had."""
         if self.on_gpu:
             return torch.cuda.mem_get_info()[0]
-        text = MEMORY_INFO.read_text(encoding="utf-8") if MEMORY_INFO.exists() else ""
-        found = re.search(r"MemAvailable: *(\d+)", text)
-        return 1024 * int(found[1]) if found else 2**33  # where this is not Linux
+        if not MEMORY_INFO.exists():
+            return 2**33  # not Linux
+        return 1024 * int(MEMORY_INFO.read_text().partition("MemAvailable:")[2].split()[0])
 
 
 def milliseconds(call: Callable[[], object], machine: Machine, host: float = 0.0) -> float:
@@ -113,22 +107,15 @@ def rounds(
 
 
 def host_seconds(call: Callable[[], object], machine: Machine) -> float:
-    """Median time of the call alone, with nothing queued before it."""
+    """Median time of the call alone, with nothing queued before it; 0 where nothing is queued."""
+    if not machine.on_gpu:
+        return 0.0
     found = []
     for _ in range(7):
         machine.wait()
         found.append(seconds(call))
     machine.wait()
     return statistics.median(found)
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    """GPU memory that the call takes for itself and gives back."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def bandwidths(machine: Machine) -> dict[str, float]:
@@ -139,13 +126,11 @@ def bandwidths(machine: Machine) -> dict[str, float]:
     """
     size = 2**14 if machine.dry else 2**29 if machine.on_gpu else 2**27
     source = torch.randn(size, device=machine.device)
-    target = torch.empty_like(source)
-    target.copy_(source)
+    target = source.clone()
     calls = {"copy": lambda: target.copy_(source), "in_place": lambda: source.mul_(1.0)}
     timed = {(name, ""): partial(milliseconds, call, machine) for name, call in calls.items()}
     times = rounds(timed, machine, before=machine.wait)
-    moved = 2e-6 * source.nbytes
-    return {name: moved / statistics.median(ms) for (name, _), ms in times.items()}
+    return {name: 2e-6 * source.nbytes / spread(ms)[0] for (name, _), ms in times.items()}
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -156,24 +141,3 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     """
     ordered, last = sorted(values), len(values) - 1
     return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
-
-
-@contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """Interrupt the block after so many seconds, None for never."""
-    late = TimeoutError(f"not ready after {seconds or 0:.0f} s")
-
-    def interrupt(*_: object) -> None:
-        raise late
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0 if seconds is None else max(seconds, 0.1))
-    try:
-        yield
-    except Exception as error:
-        if late.__traceback__:  # it was raised, and a compiler may make another one of it
-            raise late from error
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -9,31 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from comparison import affordable, compare, participants, release, sweep
-from jobs import Groups, Job, all_shapes, count, jobs
+from comparison import affordable, compare, participants, release
+from jobs import SHAPES, Job, count, jobs
 from measure import Machine, bandwidths
 from methods import METHODS
-from report import Report, as_text, new_report, write
+from page import LATEST, Report, as_text, new_report, write
 from rich.console import Console
 from rich.progress import track
 from targets import measure_targets
 
-LATEST = Path(__file__).parent / "results/latest"
-
 FOR_TARGETS = 0.75
 """Of the time, at most: they come first."""
+TO_COMPILE = 45
+"""Seconds that must be left to wait for torch.compile."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add, some = parser.add_argument, {"nargs": "+", "choices": METHODS, "metavar": "METHOD"}
+    add = parser.add_argument
     add("out", type=Path, nargs="?", default=LATEST, help="folder of the results")
     add("--budget", type=float, default=240, help="seconds (default: 240)")
     add("--quick", action="store_true", help="the first comparisons only")
     add("--targets", action="store_true", help="those of the path for CPUs only")
-    add("--methods", help="comparisons of these only", **some)
+    add("--methods", help="of these only", nargs="+", choices=METHODS, metavar="METHOD")
     add("--base", metavar="REF", help="this tree beside another commit, instead")
-    add("--sweep", action="store_true", help="other launch constants instead (GPU)")
     add("--commit", help="what to call the version that is timed")
     add("--dry-run", action="store_true", help="tiny and interpreted, for tests")
     return parser.parse_args()
@@ -41,20 +40,20 @@ def arguments() -> argparse.Namespace:
 
 def run_jobs(todo: list[Job], report: Report, machine: Machine, out: Path) -> None:
     """All comparisons that memory and time allow; the files are written after each."""
-    of = all_shapes(machine.dry)
     pace = 0.0  # seconds per parameter of the last comparison of more than a million
     for job in track(todo, "comparisons", console=Console(stderr=True), transient=True):
-        begin, numel = time.monotonic(), count(of[job.model])
-        if machine.left() < max(0.0, pace * numel):
+        begin, numel = time.monotonic(), count(SHAPES[job.model])
+        if machine.left() < (TO_COMPILE if job.compiled else max(0.0, pace * numel)):
             report["left_out"].append(f"{job}: time")
-        elif done := run_job(job, of[job.model], report, machine):
+        elif done := run_job(job, report, machine):
             write(report, out)
             if not job.compiled and numel > 2**20:
                 pace = (time.monotonic() - begin - min(done, machine.seconds)) / numel
 
 
-def run_job(job: Job, shapes: Groups, report: Report, machine: Machine) -> float:
+def run_job(job: Job, report: Report, machine: Machine) -> float:
     """Add the rows of one comparison; the seconds that its rounds took, 0 if it was left out."""
+    shapes = SHAPES[job.model]
     makers, missing = participants(job, shapes, machine)
     report["not_installed"] |= missing
     release(machine)
@@ -75,38 +74,28 @@ def main() -> None:
     gpu = torch.cuda.is_available() and not options.dry_run
     if options.targets and gpu:
         raise SystemExit("--targets are those of the path for CPUs")
-    if options.sweep and not (gpu or options.dry_run):
-        raise SystemExit("--sweep needs a CUDA GPU")
-    machine = Machine(
-        device=torch.device("cuda" if gpu else "cpu"),
-        deadline=time.monotonic() + options.budget,
-        seconds=options.budget / 60,
-        compile_seconds=options.budget / 4,
-        dry=options.dry_run,
-    )
+    until, seconds = time.monotonic() + options.budget, options.budget / 60
+    machine = Machine(torch.device("cuda" if gpu else "cpu"), until, seconds, options.dry_run)
+    if options.base:
+        from bits import compare_versions  # noqa: PLC0415  # starts processes
+
+        compare_versions(options.base, machine, options.quick)
+        return
     found = bandwidths(machine)
     machine.bandwidth = 1e9 * max(found.values())
     report, out = new_report(options.commit, found), options.out
     out.mkdir(parents=True, exist_ok=True)
-    if options.base:
-        from versions import compare_versions  # noqa: PLC0415  # starts processes
-
-        print(compare_versions(options.base, machine, out, options.quick), end="")
-        return
-    if options.sweep:
-        report["launch_constants"] = sweep(machine)
-    else:
-        # The targets are those of the path for CPUs, and nobody has set others. A pair of arms
-        # takes half the time of a comparison.
-        if not (gpu or options.methods):
-            left = machine.left() * (1 if options.targets else FOR_TARGETS)
-            until, seconds = time.monotonic() + left, machine.seconds / 2
-            report["targets"] = measure_targets(replace(machine, deadline=until, seconds=seconds))
-            write(report, out)
-        todo = [] if options.targets else jobs(machine.dry, options.quick, gpu)
-        if options.methods:
-            todo = [job for job in jobs(machine.dry, False, gpu) if job.method in options.methods]
-        run_jobs(todo, report, machine, out)
+    # The targets are those of the path for CPUs, and nobody has set others. A pair of arms takes
+    # half the time of a comparison.
+    if not (gpu or options.methods):
+        left = machine.left() * (1 if options.targets else FOR_TARGETS)
+        less = replace(machine, deadline=time.monotonic() + left, seconds=seconds / 2)
+        report["targets"] = measure_targets(less)
+        write(report, out)
+    todo = [] if options.targets else jobs(machine.dry, options.quick and not options.methods, gpu)
+    if options.methods:
+        todo = [job for job in todo if job.method in options.methods]
+    run_jobs(todo, report, machine, out)
     write(report, out)
     print(as_text(report), end="")
     if report["rows"]:

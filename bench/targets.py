@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import groupby
-from pathlib import Path
+from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
-from comparison import Row, affordable, prepare, reason, release
+from comparison import Row, affordable, reason, release, timed
 from contenders import REFERENCE, TORCH, Maker, of_torch, own
-from jobs import Job, count, of_targets
-from measure import LEAST, Machine, rounds, spread
+from jobs import OF_TARGETS, SHAPES, TINY, Job, count
+from measure import LEAST, Machine, rounds, seconds, spread
 from methods import METHODS
 from rich.console import Console
 from rich.progress import track
@@ -29,13 +27,11 @@ MOST = 1000
 LITTLE = 1.0
 """Seconds for a pair, below which it is stepped less often than a run to be quoted needs."""
 
-FIRST_STEP = Path(__file__).parent / "first_step.py"
-
 MAKERS: dict[str, Maker] = {**TORCH, "fusedreg": own, "torch default": of_torch}
+MAKERS[REFERENCE] = partial(own, fused=False)
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """Who makes a step, and of which method."""
 
     who: str
@@ -48,8 +44,7 @@ class Arm:
         return self.who + path + " + L1" * bool(METHODS[self.method].l1)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A limit for the time of `over`, divided by that of `under`."""
 
     model: str
@@ -67,17 +62,16 @@ class Target:
 
     @property
     def wanted(self) -> str:
-        most = "least" if self.at_least else "most"
-        return f"at {most} {self.limit:g}{' s' * self.first_step}"
+        return f"at {'least' if self.at_least else 'most'} {self.limit:g}{' s' * self.first_step}"
 
     def __str__(self) -> str:
-        what = f"{self.over.method}{', clipped' * self.over.clip}"
-        return what + ": first step" * self.first_step
+        how = ", clipped" * self.over.clip + ": first step" * self.first_step
+        return self.over.method + how
 
 
 def targets(dry: bool) -> list[Target]:
     """All, in the order of the table."""
-    *large, many, small = of_targets(dry)
+    *large, many, small = TINY if dry else OF_TARGETS
     rules = ("AdamW", "Adam + L2", "SGD momentum")
     adamw = Arm("fusedreg", "AdamW")
 
@@ -104,15 +98,16 @@ def measure_targets(machine: Machine) -> list[Row]:
     Large models come last, and what is slow at their end. A target is left out if there is less
     time than the one before took.
     """
-    todo, of = targets(machine.dry), of_targets(machine.dry)
-    ordered = sorted(todo, key=lambda t: (count(of[t.model]), t.model, t.slow))
+    todo = targets(machine.dry)
+    ordered = sorted(todo, key=lambda t: (count(SHAPES[t.model]), t.model, t.slow))
     shown = track(ordered, "targets", console=Console(stderr=True), transient=True)
     rows: dict[Target, Row] = {}
     spent = 0.0
     for model, some in groupby(shown, key=lambda target: target.model):
-        fits = affordable(Job("target", model), of[model], machine) >= 2
+        shapes = SHAPES[model]
+        fits = affordable(Job("target", model), shapes, machine) >= 2
         # Made by the first that is measured.
-        setting = cache(partial(Setting, of[model], torch.float32, machine.device))
+        setting = cache(partial(Setting, shapes, torch.float32, machine.device))
         for target in some:
             since, found = time.monotonic(), {"verdict": "not measured: memory"}
             if machine.left() < spent:
@@ -121,8 +116,8 @@ def measure_targets(machine: Machine) -> list[Row]:
                 found = measured(target, setting, machine)
                 release(machine)
                 spent = time.monotonic() - since
-            asked = {"what": str(target), "model": model, "parameters": count(of[model])}
-            asked |= {"tensors": sum(map(len, of[model])), "target": target.wanted}
+            asked = {"what": str(target), "model": model, "parameters": count(shapes)}
+            asked |= {"tensors": sum(map(len, shapes)), "target": target.wanted}
             asked |= {"unit": " s" * target.first_step, "met": False}
             asked["arms"] = [target.over.name(), target.under.name()]
             asked |= dict.fromkeys(("value", "p20", "p80", "rounds", "ms"))
@@ -133,9 +128,8 @@ def measure_targets(machine: Machine) -> list[Row]:
 def measured(target: Target, setting: Callable[[], Setting], machine: Machine) -> Row:
     """Value, spread and verdict; whoever fails or is wrong has missed the target."""
     try:
-        names, times, notes = (first_steps if target.first_step else steps)(
-            target, setting, machine
-        )
+        how = first_steps if target.first_step else steps
+        names, times, notes = how(target, setting, machine)
     except Exception as error:  # whatever it is, the other targets shall be measured
         return {"verdict": f"missed: {reason(error)}"}
     pairs = zip(*times, strict=True)
@@ -153,35 +147,41 @@ Found = tuple[list[str], list[list[float]], list[str]]
 
 def steps(target: Target, of: Callable[[], Setting], machine: Machine) -> Found:
     """Verify both arms, then time them, each as often after the other as before it."""
-    setting, names, notes, timed = of(), [], [], {}
+    setting, names, notes, calls = of(), [], [], {}
     for place, arm in enumerate((target.over, target.under)):
         task = setting.task(METHODS[arm.method], arm.clip)
-        runner = prepare(MAKERS[arm.who](setting.groups, task), setting, task, machine)
-        notes += note_of(arm, str(runner.verdict))
-        names.append(arm.name(runner.backend))
-        timed |= runner.timed(str(place))
+        contender = setting.prepare(MAKERS[arm.who], task, machine)
+        notes += note_of(arm, str(contender.verdict))
+        names.append(arm.name(contender.backend))
+        calls |= timed(str(place), contender, machine, parts=False)
     least = 2 if target.slow or machine.seconds < LITTLE else LEAST
-    return names, [*rounds(timed, machine, setting.set_grads, least, MOST).values()], notes
+    return names, [*rounds(calls, machine, setting.set_grads, least, MOST).values()], notes
 
 
-def first_steps(target: Target, _of: Callable[[], Setting], machine: Machine) -> Found:
-    """Of processes that are started in turns; each then verifies what it has compiled."""
-    arms = {"0": target.over, "1": target.under}
+def first_steps(target: Target, of: Callable[[], Setting], machine: Machine) -> Found:
+    """Of processes that are started in turns."""
     names = {}
 
-    def first_step(place: str) -> float:
-        options = ["--reference"] * (arms[place].who == REFERENCE)
-        command = [sys.executable, str(FIRST_STEP), target.model, *options]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        answer = json.loads(done.stdout)
-        note_of(arms[place], answer["verdict"])
-        names[place] = arms[place].name(answer["backend"])
-        return 1e3 * answer["seconds"]
+    def timed(arm: Arm) -> float:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            taken, backend, verdict = process.submit(first_step, target.model, arm).result()
+        note_of(arm, verdict)
+        names[arm] = arm.name(backend)
+        return 1e3 * taken
 
-    timed = {(place, ""): partial(first_step, place) for place in arms}
+    arms = {(arm.who, ""): partial(timed, arm) for arm in (target.over, target.under)}
     pairs = 2 if machine.seconds < LITTLE else 4
-    times = rounds(timed, machine, machine.wait, pairs, pairs)
-    return [names[place] for place in arms], [*times.values()], []
+    times = rounds(arms, machine, machine.wait, pairs, pairs)
+    return [names[target.over], names[target.under]], [*times.values()], []
+
+
+def first_step(model: str, arm: Arm) -> tuple[float, str | None, str]:
+    """Seconds of a process's first step, its path and, from another optimizer, the verdict."""
+    setting = Setting(SHAPES[model], torch.float32, torch.device("cpu"))
+    task = setting.task(METHODS[arm.method], arm.clip)
+    first, second = (MAKERS[arm.who](setting.groups, task) for _ in range(2))
+    taken = seconds(first.step)
+    return taken, first.backend, str(setting.check(second, task))
 
 
 def note_of(arm: Arm, verdict: str) -> list[str]:

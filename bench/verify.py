@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contenders import Contender, Task, make_groups
+from contenders import Contender, Maker, Task, make_groups
 from jobs import Groups
+from measure import Machine, host_seconds
 from methods import CLIP_SHARE, SCALE, Method
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/lib"))
-import intervals  # noqa: E402  # what the tests judge random programs by
-from intervals import Interval, Precision  # noqa: E402
+import intervals  # what the tests judge random programs by
+from intervals import Interval, Precision
 
 MIXTURES = ((1.0, 0.0), (-0.5, 0.25), (0.75, 0.5))
 """Each step's gradient: so much of the first gradient, plus so much of the first parameter."""
@@ -42,7 +44,7 @@ ROUNDINGS_OF_CLIPPING = 5
 
 
 def around(x: Tensor, error: Any, dtype: torch.dtype) -> Interval:
-    """What lies within an error of a float64 tensor, to be rounded to a dtype in every operation."""
+    """What is within an error of a float64 tensor; operations round it to a dtype."""
     limits = torch.finfo(dtype)
     unit, tiny = limits.eps / 2, limits.smallest_normal * limits.eps / 2
     share = ROUNDINGS / intervals.ROUNDINGS
@@ -127,14 +129,17 @@ class Setting:
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def sample(self, tensors: list[Any], method: Method) -> list[Tensor]:
-        """Elements as float64: of a layerwise method all of the tensors that there is room for.
+        """Elements as float64: of a layerwise method all of the smallest tensors.
 
         Of others those at equal distances, the last of each tensor among them. The distance is odd,
         so that every position in a vector or block is met.
         """
         k = 1 if method.layerwise else sum(x.numel() for x in tensors) // SAMPLE | 1
         if method.layerwise:
-            tensors = [tensors[i] for i in fitting([x.numel() for x in tensors])]
+            smallest = sorted(tensors, key=torch.numel)
+            ends = accumulate(map(torch.numel, smallest))
+            tensors = [x for x, end in zip(smallest, ends, strict=True) if end <= SAMPLE]
+            tensors = tensors or smallest[:1]
         return [x.detach().flatten()[(x.numel() - 1) % k :: k].double() for x in tensors]
 
     def _expected(self, task: Task) -> tuple[Tensor, Tensor]:
@@ -184,23 +189,16 @@ class Setting:
         self.take_steps(contender)
         return self.judge(torch.cat(self.sample(self.params, task.method)), task)
 
+    def prepare(self, make: Maker, task: Task, machine: Machine) -> Contender:
+        """A contender with its verdict and, on a GPU, what its step takes of the host."""
+        contender = make(self.groups, task)
+        contender.verdict = self.check(contender, task)
+        contender.host = host_seconds(contender.step, machine)
+        return contender
+
     def judge(self, sample: Tensor, task: Task) -> Verdict:
         """Of parameters after the steps."""
         value, bound = self.expected(task)
         off = torch.where(bound.isinf() & sample.isfinite(), 0.0, (sample - value).abs())
         worst = int((off / bound).nan_to_num(nan=torch.inf, posinf=torch.inf).argmax())
         return Verdict(float(off[worst]), float(bound[worst]))
-
-
-def fitting(sizes: list[int]) -> list[int]:
-    """Those of which a sample has room for all elements, in turn; the smallest, if for none.
-
-    >>> fitting([2**19, 2**20, 2**18, 2**19, 5])
-    [0, 2, 4]
-    """
-    found, room = [], SAMPLE
-    for index, size in enumerate(sizes):
-        if size <= room:
-            found.append(index)
-            room -= size
-    return found or [sizes.index(min(sizes))]

@@ -88,8 +88,9 @@ def test_bounds_tell_other_formulas_of_rare_methods(bench: Any, method: str, cli
 
 
 def test_few_signs_are_in_doubt(bench: Any) -> None:
-    """Where they are, either is right: lr to both sides of the middle. The norm may be off by 1e-4, and so
-    may the number whose sign is taken, which has a density of about 1 there, in three steps."""
+    """Where they are, either is right: lr to both sides of the middle. The norm may be off by 1e-4,
+    and so may the number whose sign is taken, which has a density of about 1 there, in three
+    steps."""
     methods = bench("methods")
     setting = bench("verify").Setting([[(1000, 1000)]], torch.float32, torch.device("cpu"))
     _, bound = setting.expected(setting.task(methods.METHODS["Lion"], clip=True))

@@ -24,13 +24,11 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from comparison import fusedreg_on
-from jobs import SHAPES, Job, count, jobs
+from jobs import DTYPES, METHODS, SHAPES, Job, count, jobs
 from measure import Machine, host_seconds, milliseconds, rounds, spread
-from methods import DTYPES, METHODS
 from verify import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,8 +135,9 @@ def compare_versions(ref: str, machine: Machine, quick: bool) -> None:
                 print(f"{job}: {error}")
                 continue
             bits = "bitwise equal" if len(set(found.values())) == 1 else "not bitwise equal"
-            steps = {(who, ""): lambda p=p: p.submit(step).result() for who, p in processes.items()}
-            base, this = rounds(steps, machine, before=machine.wait).values()
+            steps = {who: [lambda p=p: p.submit(step).result()] for who, p in processes.items()}
+            times = rounds(steps, machine, before=machine.wait)
+            base, this = ([ms for (ms,) in each] for each in times.values())
             ratio, p20, p80 = spread([now / then for then, now in zip(base, this, strict=True)])
             ms = f"{spread(this)[0]:.4g} ms, at {ref} {spread(base)[0]:.4g} ms"
             print(f"{job}: {ms}, ratio {ratio:.3f} ({p20:.3f} to {p80:.3f}), {bits}", flush=True)

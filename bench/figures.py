@@ -54,10 +54,10 @@ def draw(folder: Path) -> list[Path]:
             note = "Left out because their results differ: " + ", ".join(wrong)
             where: Any = {"xycoords": axes.get_yaxis_transform(), "ha": "right"}
             axes.annotate(note, (0.99, 0.01), (0, 0), **NOTE, **where)
-        for kind in ("svg", "png"):
-            written.append(folder / f"{name}.{kind}")
+        for ending in ("svg", "png"):
+            written.append(folder / f"{name}.{ending}")
             # The same numbers give the same file: no date, and names within it that do not vary.
-            same: Any = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
+            same: Any = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": 150}
             with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
                 figure.savefig(written[-1], **same)
     return written

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
 LEAST, MOST = 6, 100
 """Rounds of a comparison; within them as many as its seconds allow."""
-
 MEMORY_INFO = Path("/proc/meminfo")
 
 
@@ -72,50 +71,41 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-Key = tuple[str, str]
-"""A contender and a part of its step."""
-Times = dict[Key, list[float]]
-"""Milliseconds of each round."""
+def host_seconds(call: Callable[[], object], machine: Machine) -> float:
+    """Median time of the call alone, with nothing queued before it; 0 where nothing is queued."""
+    found = [0.0]
+    for _ in range(7 * machine.on_gpu):
+        machine.wait()
+        found.append(seconds(call))
+    machine.wait()
+    return statistics.median(found[1:] or found)
 
 
 def rounds(
-    timed: Mapping[Key, Callable[[], float]],
+    timed: Mapping[str, Sequence[Callable[[], float]]],
     machine: Machine,
     before: Callable[[], object],
     least: int = LEAST,
     most: int = MOST,
-) -> Times:
-    """Call what gives the milliseconds: A B, B A, so that a drift of the machine meets all.
+) -> dict[str, list[list[float]]]:
+    """The milliseconds that the calls of each give in each round: A B, B A, and so on.
 
-    As the order turns, and there is an even number of rounds, none always follows the same other
-    one: a step finds what the one before left in the caches, and threads that still wait for more.
-    `before` is called, untimed, before each contender.
+    So a drift of the machine meets all. As the order turns, and there is an even number of rounds,
+    none always follows the same other one: a step finds what the one before left in the caches, and
+    threads that still wait for more. `before` is called, untimed, before each contender.
     """
-    times: Times = {key: [] for key in timed}
-    contenders = [list(parts) for _, parts in groupby(timed, key=lambda key: key[0])]
-    begin = time.monotonic()
+    times: dict[str, list[list[float]]] = {name: [] for name in timed}
+    begin, order = time.monotonic(), list(timed)
     for done in range(most):
         spent = time.monotonic() - begin
         late = done >= least and (spent > machine.seconds or machine.left() < 0)
         if (machine.dry and done) or (late and done % 2 == 0):
             break
-        for parts in contenders if done % 2 == 0 else reversed(contenders):
+        for name in order:
             before()
-            for key in parts:
-                times[key].append(timed[key]())
+            times[name].append([call() for call in timed[name]])
+        order.reverse()
     return times
-
-
-def host_seconds(call: Callable[[], object], machine: Machine) -> float:
-    """Median time of the call alone, with nothing queued before it; 0 where nothing is queued."""
-    if not machine.on_gpu:
-        return 0.0
-    found = []
-    for _ in range(7):
-        machine.wait()
-        found.append(seconds(call))
-    machine.wait()
-    return statistics.median(found)
 
 
 def bandwidths(machine: Machine) -> dict[str, float]:
@@ -127,10 +117,14 @@ def bandwidths(machine: Machine) -> dict[str, float]:
     size = 2**14 if machine.dry else 2**29 if machine.on_gpu else 2**27
     source = torch.randn(size, device=machine.device)
     target = source.clone()
-    calls = {"copy": lambda: target.copy_(source), "in_place": lambda: source.mul_(1.0)}
-    timed = {(name, ""): partial(milliseconds, call, machine) for name, call in calls.items()}
+    calls: dict[str, Any] = {
+        "copy": lambda: target.copy_(source),
+        "in_place": lambda: source.mul_(1),
+    }
+    timed = {name: [partial(milliseconds, call, machine)] for name, call in calls.items()}
     times = rounds(timed, machine, before=machine.wait)
-    return {name: 2e-6 * source.nbytes / spread(ms)[0] for (name, _), ms in times.items()}
+    moved = 2e-6 * source.nbytes
+    return {name: moved / statistics.median(map(sum, ms)) for name, ms in times.items()}
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:

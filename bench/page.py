@@ -14,13 +14,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import Job
-from methods import DTYPES, METHODS, moved_numbers, needed_numbers
+from jobs import DTYPES, METHODS, Job, moved_numbers, needed_numbers
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +35,6 @@ PAGE = ROOT / "docs/benchmark.md"
 FIGURES = ("parts", "bandwidth", "tensors", "bytes")
 BEGIN, END = "<!-- from bench/page.py -->\n", "<!-- until here -->\n"
 
-CASE = ("kind", "model", "parameters", "tensors", "groups", "method", "dtype", "clip", "scaled")
 SHOWN = {
     **dict.fromkeys(("ms", "p20", "p80"), ".4g"),
     **dict.fromkeys(("ratio", "ratio_p20", "ratio_p80"), ".3g"),
@@ -45,14 +43,6 @@ SHOWN = {
     "host_us": ".0f",
 }
 """Columns of the tables."""
-COLUMNS = (
-    *CASE,
-    *("implementation", "backend", "part", "rounds", "ms", "p20", "p80"),
-    *("ratio", "ratio_p20", "ratio_p80", "matches", "verdict", "error_of_bound"),
-    *("gb_per_s", "of_bandwidth", "needed_bytes", "moved_bytes", "host_us", "launches"),
-)
-"""Of bench.csv, before the machine, the run and the versions."""
-MACHINE = ("cpu", "architecture", "cores", "system", "gpu")
 RUN = ("copy_gb_per_s", "in_place_gb_per_s", "threads", "commit")
 LIBRARIES = (
     *("optimi", "torch-optimi", "bitsandbytes", "torchao", "timm"),
@@ -102,11 +92,10 @@ def write(report: Report, out: Path) -> None:
 
 def as_csv(report: Report) -> str:
     """Every row with the machine, the versions and the commit that it belongs to."""
-    same = {name: report["machine"].get(name) for name in MACHINE}
-    same |= {name: report[name] for name in RUN} | report["versions"]
+    same = {**report["machine"], **{name: report[name] for name in RUN}, **report["versions"]}
     text = io.StringIO()
-    names = [*COLUMNS, *same]
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    names = dict.fromkeys(chain(*report["rows"], same))
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, **same} for row in report["rows"])
     return text.getvalue()
@@ -123,8 +112,8 @@ def as_text(report: Report) -> str:
         more = {"caption": TARGETS_NOTE, "caption_justify": "left"}
         rows = map(target_cells, report["targets"])
         parts += ["", table(TARGETS_TITLE, TARGET_COLUMNS, rows, TARGET_COLUMNS[:-1], **more)]
-    for _, of in groupby(report["rows"], key=lambda row: [row[name] for name in CASE]):
-        parts += ["", table_of(list(of))]
+    for title, of in groupby(report["rows"], key=title_of):
+        parts += ["", table_of(title, list(of))]
     why = [f"{name}: {reason}" for name, reason in report["not_installed"].items()]
     for title, lines in (("Left out:", report["left_out"]), ("Not here:", why)):
         if lines:
@@ -152,7 +141,15 @@ def table(
     return made
 
 
-def table_of(rows: list[Row]) -> Table:
+def title_of(row: Row) -> str:
+    job = Job(*(row[name] for name in ("kind", "model", "method", "dtype", "clip")))
+    tensors, groups = (
+        f"{row[of]} {of[:-1] if row[of] == 1 else of}" for of in ("tensors", "groups")
+    )
+    return f"{job} ({job.kind}): {row['parameters']:,} parameters in {tensors} and {groups}"
+
+
+def table_of(title: str, rows: list[Row]) -> Table:
     """A line for each contender of a comparison, and each part."""
     shown = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
     lines = []
@@ -162,9 +159,6 @@ def table_of(rows: list[Row]) -> Table:
         whole = row["part"] == "all"
         name = row["implementation"] if whole else f"  {row['part']}"
         lines.append([name, *cells, row["verdict"] if whole else ""])
-    job = Job(*(rows[0][name] for name in ("kind", "model", "method", "dtype", "clip")))
-    tensors, groups = (f"{rows[0][of]} {of[: None if rows[0][of] > 1 else -1]}" for of in CASE[3:5])
-    title = f"{job} ({job.kind}): {rows[0]['parameters']:,} parameters in {tensors} and {groups}"
     made = table(title, ["", *(name.replace("_", " ") for name in shown), ""], lines, ())
     for column in made.columns[1:-1]:
         column.justify = "right"

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from comparison import affordable, compare, participants, release
-from jobs import SHAPES, Job, count, jobs
+from jobs import METHODS, SHAPES, Job, count, jobs
 from measure import Machine, bandwidths
-from methods import METHODS
 from page import LATEST, Report, as_text, new_report, write
 from rich.console import Console
 from rich.progress import track
@@ -24,7 +23,31 @@ TO_COMPILE = 45
 """Seconds that must be left to wait for torch.compile."""
 
 
-def arguments() -> argparse.Namespace:
+def run_jobs(todo: list[Job], report: Report, machine: Machine, out: Path) -> None:
+    """All comparisons that memory and time allow; the files are written after each."""
+    pace = 0.0  # seconds per parameter of the last comparison of more than a million
+    for job in track(todo, "comparisons", console=Console(stderr=True), transient=True):
+        begin, numel = time.monotonic(), count(SHAPES[job.model])
+        if machine.left() < (TO_COMPILE if job.compiled else max(0.0, pace * numel)):
+            report["left_out"].append(f"{job}: time")
+            continue
+        makers, missing = participants(job, machine)
+        report["not_installed"] |= missing
+        release(machine)
+        able, names = affordable(job, machine), list(makers)
+        if able < min(2, len(names)):
+            report["left_out"].append(f"{job}: memory")
+            continue
+        report["left_out"] += [f"{job}, {name}: memory" for name in names[able:]]
+        rows = compare(job, {name: makers[name] for name in names[:able]}, machine)
+        report["rows"] += rows
+        write(report, out)
+        if not job.compiled and numel > 2**20:
+            stepped = sum(1e-3 * row["ms"] * row["rounds"] for row in rows if "ms" in row)
+            pace = (time.monotonic() - begin - min(stepped, machine.seconds)) / numel
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("out", type=Path, nargs="?", default=LATEST, help="folder of the results")
@@ -35,40 +58,7 @@ def arguments() -> argparse.Namespace:
     add("--base", metavar="REF", help="this tree beside another commit, instead")
     add("--commit", help="what to call the version that is timed")
     add("--dry-run", action="store_true", help="tiny and interpreted, for tests")
-    return parser.parse_args()
-
-
-def run_jobs(todo: list[Job], report: Report, machine: Machine, out: Path) -> None:
-    """All comparisons that memory and time allow; the files are written after each."""
-    pace = 0.0  # seconds per parameter of the last comparison of more than a million
-    for job in track(todo, "comparisons", console=Console(stderr=True), transient=True):
-        begin, numel = time.monotonic(), count(SHAPES[job.model])
-        if machine.left() < (TO_COMPILE if job.compiled else max(0.0, pace * numel)):
-            report["left_out"].append(f"{job}: time")
-        elif done := run_job(job, report, machine):
-            write(report, out)
-            if not job.compiled and numel > 2**20:
-                pace = (time.monotonic() - begin - min(done, machine.seconds)) / numel
-
-
-def run_job(job: Job, report: Report, machine: Machine) -> float:
-    """Add the rows of one comparison; the seconds that its rounds took, 0 if it was left out."""
-    shapes = SHAPES[job.model]
-    makers, missing = participants(job, shapes, machine)
-    report["not_installed"] |= missing
-    release(machine)
-    able, names = affordable(job, shapes, machine), list(makers)
-    if able < min(2, len(names)):
-        report["left_out"].append(f"{job}: memory")
-        return 0.0
-    report["left_out"] += [f"{job}, {name}: memory" for name in names[able:]]
-    rows = compare(job, shapes, {name: makers[name] for name in names[:able]}, machine)
-    report["rows"] += rows
-    return sum(1e-3 * row["ms"] * row["rounds"] for row in rows if row.get("ms") is not None)
-
-
-def main() -> None:
-    options = arguments()
+    options = parser.parse_args()
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     gpu = torch.cuda.is_available() and not options.dry_run
@@ -92,10 +82,9 @@ def main() -> None:
         less = replace(machine, deadline=time.monotonic() + left, seconds=seconds / 2)
         report["targets"] = measure_targets(less)
         write(report, out)
-    todo = [] if options.targets else jobs(machine.dry, options.quick and not options.methods, gpu)
-    if options.methods:
-        todo = [job for job in todo if job.method in options.methods]
-    run_jobs(todo, report, machine, out)
+    asked = options.methods or METHODS
+    todo = [] if options.targets else jobs(machine.dry, options.quick, gpu)
+    run_jobs([job for job in todo if job.method in asked], report, machine, out)
     write(report, out)
     print(as_text(report), end="")
     if report["rows"]:

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from comparison import Row, affordable, reason, release, timed
 from contenders import REFERENCE, TORCH, Maker, of_torch, own
-from jobs import OF_TARGETS, SHAPES, TINY, Job, count
+from jobs import METHODS, OF_TARGETS, SHAPES, TINY, Job, count
 from measure import LEAST, Machine, rounds, seconds, spread
-from methods import METHODS
 from rich.console import Console
 from rich.progress import track
 from verify import Setting
@@ -37,11 +36,6 @@ class Arm(NamedTuple):
     who: str
     method: str
     clip: bool = True
-
-    def name(self, backend: str | None = None) -> str:
-        """With the path that fusedreg took, and the L1 that only one of a pair has."""
-        path = f" ({backend})" if self.who == "fusedreg" and backend else ""
-        return self.who + path + " + L1" * bool(METHODS[self.method].l1)
 
 
 class Target(NamedTuple):
@@ -104,8 +98,7 @@ def measure_targets(machine: Machine) -> list[Row]:
     rows: dict[Target, Row] = {}
     spent = 0.0
     for model, some in groupby(shown, key=lambda target: target.model):
-        shapes = SHAPES[model]
-        fits = affordable(Job("target", model), shapes, machine) >= 2
+        shapes, fits = SHAPES[model], affordable(Job("target", model), machine) >= 2
         # Made by the first that is measured.
         setting = cache(partial(Setting, shapes, torch.float32, machine.device))
         for target in some:
@@ -116,20 +109,17 @@ def measure_targets(machine: Machine) -> list[Row]:
                 found = measured(target, setting, machine)
                 release(machine)
                 spent = time.monotonic() - since
-            asked = {"what": str(target), "model": model, "parameters": count(shapes)}
-            asked |= {"tensors": sum(map(len, shapes)), "target": target.wanted}
-            asked |= {"unit": " s" * target.first_step, "met": False}
-            asked["arms"] = [target.over.name(), target.under.name()]
-            asked |= dict.fromkeys(("value", "p20", "p80", "rounds", "ms"))
-            rows[target] = {**asked, **found}
+            row = {"what": str(target), "model": model, "parameters": count(shapes)}
+            row |= {"tensors": sum(map(len, shapes)), "target": target.wanted, "met": False}
+            row |= {"unit": " s" * target.first_step, "arms": [target.over.who, target.under.who]}
+            rows[target] = row | dict.fromkeys(("value", "p20", "p80", "rounds", "ms")) | found
     return [rows[target] for target in todo]
 
 
 def measured(target: Target, setting: Callable[[], Setting], machine: Machine) -> Row:
     """Value, spread and verdict; whoever fails or is wrong has missed the target."""
     try:
-        how = first_steps if target.first_step else steps
-        names, times, notes = how(target, setting, machine)
+        names, times, notes = steps(target, setting(), machine)
     except Exception as error:  # whatever it is, the other targets shall be measured
         return {"verdict": f"missed: {reason(error)}"}
     pairs = zip(*times, strict=True)
@@ -145,50 +135,37 @@ Found = tuple[list[str], list[list[float]], list[str]]
 """What the two arms are called, the milliseconds of each, and where torch is inexact."""
 
 
-def steps(target: Target, of: Callable[[], Setting], machine: Machine) -> Found:
+def steps(target: Target, setting: Setting, machine: Machine) -> Found:
     """Verify both arms, then time them, each as often after the other as before it."""
-    setting, names, notes, calls = of(), [], [], {}
+    names, notes, calls = [], [], {}
     for place, arm in enumerate((target.over, target.under)):
-        task = setting.task(METHODS[arm.method], arm.clip)
+        method = METHODS[arm.method]
+        task = setting.task(method, arm.clip)
         contender = setting.prepare(MAKERS[arm.who], task, machine)
-        notes += note_of(arm, str(contender.verdict))
-        names.append(arm.name(contender.backend))
-        calls |= timed(str(place), contender, machine, parts=False)
+        path = f" ({contender.backend})" if arm.who == "fusedreg" else ""
+        names.append(arm.who + path + " + L1" * bool(method.l1))  # which one of a pair may have
+        if not contender.verdict.matches:
+            # torch's norm of a large float32 tensor is inexact on a CPU, by 3e-3 for GPT-2's
+            # embedding.
+            if not arm.who.startswith("torch"):
+                raise ArithmeticError(f"{arm.who}: {contender.verdict}")
+            notes.append(f"{arm.who}: {contender.verdict}")
+        calls[str(place)] = timed([contender.step], contender, machine)
+        if target.first_step:
+            calls[str(place)] = [partial(in_process, target.model, arm)]
     least = 2 if target.slow or machine.seconds < LITTLE else LEAST
-    return names, [*rounds(calls, machine, setting.set_grads, least, MOST).values()], notes
+    least, most = (min(least, 4), 4) if target.first_step else (least, MOST)
+    times = rounds(calls, machine, setting.set_grads, least, most)
+    return names, [[ms for (ms,) in of] for of in times.values()], notes
 
 
-def first_steps(target: Target, of: Callable[[], Setting], machine: Machine) -> Found:
-    """Of processes that are started in turns."""
-    names = {}
-
-    def timed(arm: Arm) -> float:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            taken, backend, verdict = process.submit(first_step, target.model, arm).result()
-        note_of(arm, verdict)
-        names[arm] = arm.name(backend)
-        return 1e3 * taken
-
-    arms = {(arm.who, ""): partial(timed, arm) for arm in (target.over, target.under)}
-    pairs = 2 if machine.seconds < LITTLE else 4
-    times = rounds(arms, machine, machine.wait, pairs, pairs)
-    return [names[target.over], names[target.under]], [*times.values()], []
+def in_process(model: str, arm: Arm) -> float:
+    """Milliseconds of the first step of a process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(first_step, model, arm).result()
 
 
-def first_step(model: str, arm: Arm) -> tuple[float, str | None, str]:
-    """Seconds of a process's first step, its path and, from another optimizer, the verdict."""
+def first_step(model: str, arm: Arm) -> float:
     setting = Setting(SHAPES[model], torch.float32, torch.device("cpu"))
     task = setting.task(METHODS[arm.method], arm.clip)
-    first, second = (MAKERS[arm.who](setting.groups, task) for _ in range(2))
-    taken = seconds(first.step)
-    return taken, first.backend, str(setting.check(second, task))
-
-
-def note_of(arm: Arm, verdict: str) -> list[str]:
-    """What is to be said of an arm whose results differ; raises where that is fusedreg's.
-
-    torch's norm of a large float32 tensor is inexact on a CPU, by 3e-3 for GPT-2's embedding.
-    """
-    if verdict and not arm.who.startswith("torch"):
-        raise ArithmeticError(f"{arm.name()}: {verdict}")
-    return [f"{arm.who}: {verdict}"] * bool(verdict)
+    return 1e3 * seconds(MAKERS[arm.who](setting.groups, task).step)

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from contenders import Contender, Maker, Task, make_groups
-from jobs import Groups
+from jobs import CLIP_SHARE, SCALE, Groups, Method
 from measure import Machine, host_seconds
-from methods import CLIP_SHARE, SCALE, Method
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/lib"))
@@ -77,22 +76,17 @@ intervals.FUNCTIONS[torch.linalg.norm] = lambda x: torch.linalg.norm(middle(x))
 
 
 class Verdict(NamedTuple):
-    """The error and its bound, where the error is the largest part of it."""
+    """The largest error over its bound, and what is to be said of it."""
 
-    error: float
-    bound: float
-
-    @property
-    def of_bound(self) -> float:
-        return self.error / self.bound
+    of_bound: float
+    differs: str
 
     @property
     def matches(self) -> bool:
         return self.of_bound <= 1  # and not NaN
 
     def __str__(self) -> str:
-        told = f"results differ: by {self.error:.1e}, where {self.bound:.1e} is allowed"
-        return "" if self.matches else told
+        return "" if self.matches else self.differs
 
 
 class Setting:
@@ -185,10 +179,6 @@ class Setting:
             contender.step()
         self.set_grads()
 
-    def check(self, contender: Contender, task: Task) -> Verdict:
-        self.take_steps(contender)
-        return self.judge(torch.cat(self.sample(self.params, task.method)), task)
-
     def prepare(self, make: Maker, task: Task, machine: Machine) -> Contender:
         """A contender with its verdict and, on a GPU, what its step takes of the host."""
         contender = make(self.groups, task)
@@ -196,9 +186,11 @@ class Setting:
         contender.host = host_seconds(contender.step, machine)
         return contender
 
-    def judge(self, sample: Tensor, task: Task) -> Verdict:
-        """Of parameters after the steps."""
+    def check(self, contender: Contender, task: Task) -> Verdict:
+        self.take_steps(contender)
+        sample = torch.cat(self.sample(self.params, task.method))
         value, bound = self.expected(task)
         off = torch.where(bound.isinf() & sample.isfinite(), 0.0, (sample - value).abs())
         worst = int((off / bound).nan_to_num(nan=torch.inf, posinf=torch.inf).argmax())
-        return Verdict(float(off[worst]), float(bound[worst]))
+        told = f"results differ: by {off[worst]:.1e}, where {bound[worst]:.1e} is allowed"
+        return Verdict(float(off[worst] / bound[worst]), told)

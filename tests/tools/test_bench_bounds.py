@@ -39,7 +39,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_bounds_tell_other_formulas(bench: Any, method: str, dtype: str, wrong: Any) -> None:
     """In float32 every other formula is refused; in bfloat16 those that roundings do not hide."""
-    contenders, methods, verify = bench("contenders"), bench("methods"), bench("verify")
+    contenders, methods, verify = bench("contenders"), bench("jobs"), bench("verify")
     right = methods.METHODS[method]
     setting = verify.Setting([[(64, 64)]], methods.DTYPES[dtype], torch.device("cpu"))
     task = setting.task(right, clip=False)
@@ -66,7 +66,7 @@ RARE: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("method", RARE)
 def test_bounds_tell_other_formulas_of_rare_methods(bench: Any, method: str, clip: bool) -> None:
     """In float32 what is wrong is out by a hundred bounds, and what is right within one."""
-    contenders, methods, verify = bench("contenders"), bench("methods"), bench("verify")
+    contenders, methods, verify = bench("contenders"), bench("jobs"), bench("verify")
     right = methods.METHODS[method]
     setting = verify.Setting([[(64, 64), (300,)]], torch.float32, torch.device("cpu"))
     task = setting.task(right, clip)
@@ -91,7 +91,7 @@ def test_few_signs_are_in_doubt(bench: Any) -> None:
     """Where they are, either is right: lr to both sides of the middle. The norm may be off by 1e-4,
     and so may the number whose sign is taken, which has a density of about 1 there, in three
     steps."""
-    methods = bench("methods")
+    methods = bench("jobs")
     setting = bench("verify").Setting([[(1000, 1000)]], torch.float32, torch.device("cpu"))
     _, bound = setting.expected(setting.task(methods.METHODS["Lion"], clip=True))
     in_doubt = bound > methods.LR
@@ -105,7 +105,7 @@ def test_few_elements_are_out_of_bounds(bench: Any, method: str, dtype: str) -> 
     """Where a coupled decay cancels a first gradient up to its roundings, the quotient may be
     anything: within an error of 1.6 % in bfloat16, in three steps, whose sum has a density of at
     most 0.4 at 0."""
-    methods = bench("methods")
+    methods = bench("jobs")
     setting = bench("verify").Setting([[(300, 300)]], methods.DTYPES[dtype], torch.device("cpu"))
     _, bound = setting.expected(setting.task(methods.METHODS[method], clip=True))
     assert bound.isinf().double().mean() < (1e-3 if dtype == "float32" else 0.05)
@@ -132,7 +132,7 @@ def test_bounds_hold_for_every_formula(bench: Any, case: Any) -> None:
 
 
 def test_a_layerwise_sample_has_whole_tensors(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    contenders, methods, verify = bench("contenders"), bench("methods"), bench("verify")
+    contenders, methods, verify = bench("contenders"), bench("jobs"), bench("verify")
     monkeypatch.setattr(verify, "SAMPLE", 100)
     shapes = [[(90,), (50, 50)], [(2000,), (7,)]]
     setting = verify.Setting(shapes, torch.float32, torch.device("cpu"))

@@ -26,17 +26,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from comparison import fusedreg_on
 from jobs import DTYPES, METHODS, SHAPES, Job, count, jobs
-from measure import Machine, host_seconds, milliseconds, rounds, spread
+from measure import Machine, fusedreg_on, host_seconds, milliseconds, rounds, spread
 from verify import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# By path; an interpreter takes its time.
 SIZES = {"default": [(37,), (5, 7), (1,), (0,), (40, 33)], "fused": [(37,), (5, 7), (1100,)]}
-"""By path; an interpreter takes its time."""
-MADE: dict[str, Callable[[], float]] = {}
-"""The milliseconds of a step of what was made last, in the process of a version."""
+MADE: dict[str, Callable[[], float]] = {}  # a timed step, in the process of a version
 
 
 @contextmanager

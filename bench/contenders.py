@@ -26,8 +26,7 @@ class Contender:
     optimizer: Any
     parts: dict[str, Callable[[], object]]
     verdict: Any = None
-    host: float = 0.0
-    """Seconds that a GPU's step takes of the host."""
+    host: float = 0.0  # seconds that a GPU's step takes of the host
 
     @property
     def backend(self) -> str | None:
@@ -44,8 +43,7 @@ class Task:
 
     method: Method
     max_norm: float | None
-    scaled: bool = False
-    """Whether the gradients are those of a loss times SCALE."""
+    scaled: bool = False  # whether the gradients are those of a loss times SCALE
 
 
 Maker = Callable[[ParamGroups, Task], Contender]
@@ -131,14 +129,16 @@ def compiled(groups: ParamGroups, task: Task, how: str, backend: str) -> Contend
     return Contender(contender.optimizer, {"step": torch.compile(contender.step, backend=backend)})
 
 
-REFERENCE = "fusedreg reference"
-"""fusedreg with fused=False."""
+REFERENCE = "fusedreg reference"  # with fused=False
 TORCH: dict[str, Maker] = {
     "torch fused": partial(of_torch, fused=True),
     "torch foreach": partial(of_torch, foreach=True),
     "torch for-loop": partial(of_torch, foreach=False),
 }
 USUAL = ("AdamW", "Adam", "SGD", "Lion")
+# Libraries, where their optimizers are, and what they call those of ours. None has proximal L1.
+# Not here are those of other formulas: LAMB of bitsandbytes, which limits the norm of the update,
+# and of pytorch-optimizer, without bias correction and with norms of at most 10.
 OTHERS: dict[str, tuple[str, dict[str, str]]] = {
     "optimi": ("optimi", {cls: cls for cls in USUAL}),
     "bitsandbytes 32 bit": ("bitsandbytes.optim", {cls: f"{cls}32bit" for cls in USUAL}),
@@ -149,20 +149,12 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
     "pytorch-optimizer": ("pytorch_optimizer", {"Lion": "Lion"}),
     "apex": ("apex.optimizers", {"LAMB": "FusedLAMB"}),
 }
-"""Libraries, where their optimizers are, and what they call those of ours. None has proximal L1.
-
-Not here are those of other formulas: LAMB of bitsandbytes, which limits the norm of the update, and
-of pytorch-optimizer, without bias correction and with norms of at most 10.
-"""
+# Both clip by themselves, by another formula.
 OPTIONS_OF_OTHERS = {"Lamb": {"max_grad_norm": None}, "FusedLAMB": {"max_grad_norm": inf}}
-"""What makes them compute the same: both clip by themselves, by another formula."""
 
 
 def contenders(method: Method) -> tuple[dict[str, Maker], dict[str, str]]:
-    """Who computes a method, the most important first, and why others do not.
-
-    What torch lacks is compared with fusedreg's readable path, whoever else is installed.
-    """
+    """Who computes a method, the most important first, and why others do not."""
     found: dict[str, Maker] = {"fusedreg": own}
     found |= {f"torch {way}": TORCH[f"torch {way}"] for way in method.ways_of_torch}
     missing = {}

@@ -22,13 +22,12 @@ import fusedreg
 TENSORS, GROUPS, NUMEL = 300, 2, 4
 CASES = ("addresses unchanged", "addresses changed")
 IMPLEMENTATIONS = {"fusedreg": fusedreg.AdamW, "torch": torch.optim.AdamW}
-
 ODD_SIZES = [0, 1, 5, 1023, 1025, 8193]
 PENALISED = {"l1": 0.01, "max_grad_norm": 1.0}
 SANITIZED = {fusedreg.AdamW: PENALISED, fusedreg.SGD: {"momentum": 0.9}, fusedreg.LAMB: PENALISED}
 
 
-def nothing(*_: Any, **__: Any) -> None:
+def nothing(*_: Any, **__: Any) -> None:  # a mock would take longer
     """In the place of a launch."""
 
 
@@ -91,10 +90,8 @@ def small_steps() -> None:
             for param in params:
                 param.grad = torch.randn_like(param)
             optimizer.step()
-        finite = all(param.isfinite().all() for param in params)
-        print(f"{cls.__name__} {dtype} {optimizer.backend} finite: {finite}")
-        if not finite:
-            raise SystemExit(1)
+        print(cls.__name__, dtype, optimizer.backend)
+        assert all(param.isfinite().all() for param in params)
 
 
 def main() -> None:

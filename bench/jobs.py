@@ -13,28 +13,21 @@ import torch
 
 import fusedreg
 
-LR, L1, DECAY = 0.1, 0.3, 0.5
-"""Large, so that a formula with a factor too many or too few is found before anything is timed.
-No operation takes longer or shorter for it."""
-CLIP_SHARE = 0.5
-"""max_grad_norm over the norm of the gradients: clipping halves them."""
-SCALE = 1024.0
-"""The loss scale where there is one; a power of two, so that scaling rounds nothing."""
+LR, L1, DECAY = 0.1, 0.3, 0.5  # large, so that a wrong factor is found before anything is timed
+CLIP_SHARE = 0.5  # max_grad_norm over the norm of the gradients: clipping halves them
+SCALE = 1024.0  # the loss scale where there is one; a power of two, so that scaling rounds nothing
+# torch's defaults but for the decay, given to all, because other libraries have others.
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": DECAY}
-"""torch's defaults but for the decay, given to all, because other libraries have others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
     """One update rule with its penalties."""
 
-    cls: str
-    """A name, as another commit may not have the class."""
+    cls: str  # a name, as another commit may not have the class
     kwargs: dict[str, Any]
-    states: int
-    """Tensors of state that are read and written."""
-    foreach: int | None = None
-    """Numbers for each parameter that torch's foreach operations read and write."""
+    states: int  # tensors that are read and written
+    foreach: int | None = None  # numbers per parameter that torch's foreach reads and writes
 
     @property
     def l1(self) -> float:
@@ -82,28 +75,19 @@ METHODS = {
     "Lion": Method("Lion", {"betas": (0.9, 0.99), "weight_decay": DECAY}, 1),
     "LAMB": Method("LAMB", {**ADAM, "eps": 1e-6, "weight_decay": 4 * DECAY}, 2),
 }
-USUAL = tuple(METHODS)[:4]
-"""What a quick run compares; the others come later."""
+USUAL = tuple(METHODS)[:4]  # what a quick run compares; the others come later
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-THRESHOLD = 19
-"""What torch operations move for the soft-threshold: see `contenders.soft_threshold_`."""
+THRESHOLD = 19  # what torch operations move in `contenders.soft_threshold_`
 
 
 def needed_numbers(method: Method, clip: bool) -> int:
-    """What a step cannot do without: gradient, parameter and states, the gradient again to clip.
-
-    The norm must be known before the first gradient is used, so all are read twice. Dividing by a
-    loss scale costs nothing, where it is done in the same reading. Where the norm of an update must
-    be known, parameter and states are read once more, if the states were already advanced.
-    """
+    """What a step cannot do without: gradient, parameter and states, the gradient again to clip,
+    parameter and states again where the norm of an update must be known."""
     return 3 + 2 * method.states + clip + method.layerwise * (1 + method.states)
 
 
 def moved_numbers(method: Method, clip: bool, scaled: bool, implementation: str) -> dict[str, int]:
     """Numbers read and written for each parameter, by part; {} where nobody has counted.
-
-    For the norm of an update fusedreg stores no states, but forms them twice, which takes the
-    gradient once more.
 
     >>> moved_numbers(METHODS["AdamW"], True, True, "torch fused")
     {'unscale': 2, 'clip': 3, 'step': 7}
@@ -111,6 +95,7 @@ def moved_numbers(method: Method, clip: bool, scaled: bool, implementation: str)
     {'step': 12}
     """
     if implementation in {"fusedreg kernels", "fusedreg (triton)", "fusedreg (llvm)"}:
+        # A layerwise method stores no states before it has the norm: it forms them twice.
         return {"step": needed_numbers(method, clip) + method.layerwise}
     who, _, way = implementation.partition(" ")
     step = {"fused": 3 + 2 * method.states, "foreach": method.foreach}.get(way)
@@ -167,43 +152,35 @@ MODELS: dict[str, Groups] = {
 }
 SIZES = {f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)}
 TENSORS = {f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)}
+# For pytest-benchmark.
 SMALL: dict[str, Groups] = {
     "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
     "1 M in 500 tensors": even(2**20, 500),
 }
-"""For pytest-benchmark."""
-OF_TARGETS: dict[str, Groups] = {
-    "GPT-2 124M": [GPT2],
-    "144 tensors of 264000": even(144 * 264000, 144),
-    "3000 tensors of 3500": MODELS["3000 tensors of 3500"],
-    "10 tensors of 1000": even(10 * 1000, 10),
-}
-"""Two that are large, one of many tensors, and a small one, of which a step is overhead."""
+# Two that are large, one of many tensors, and a small one, of which a step is overhead.
+EVEN = ((144, 264000), (3000, 3500), (10, 1000))
+OF_TARGETS = {"GPT-2 124M": [GPT2], **{f"{n} tensors of {x}": even(n * x, n) for n, x in EVEN}}
+# Two models and two sizes for a dry run.
 TINY: dict[str, Groups] = {"tiny": [[(40, 30), (3,)]], "tiny in 2 groups": [[(40, 30)], [(3,)]]}
 TINY |= {f"{numel} in 2 tensors": even(numel, 2) for numel in (300, 600)}
-"""Two models and two sizes for a dry run."""
 SHAPES = {**MODELS, **SIZES, **TENSORS, **OF_TARGETS, **TINY}
-LONG = 2**24
-"""Parameters; a CPU steps more in seconds."""
+LONG = 2**24  # parameters; a CPU steps more in seconds
 
 
 @dataclass(frozen=True)
 class Job:
     """One comparison."""
 
-    kind: str
-    """model, size, tensors (the two sweeps), parts or compiled."""
+    kind: str  # model, size, tensors (the two sweeps), parts or compiled
     model: str
     method: str = "AdamW"
     dtype: str = "float32"
     clip: bool = True
-    compiled: str = ""
-    """Which of torch's is compiled: one at a time, as they share code and its compiled forms."""
+    compiled: str = ""  # one of torch's at a time, as they share code and its compiled forms
 
     @property
     def scaled(self) -> bool:
-        """The parts are timed of a step with a loss scale, which has most of them."""
-        return self.kind == "parts"
+        return self.kind == "parts"  # the step that has most of them
 
     def __str__(self) -> str:
         parts = [self.model, self.method, self.dtype]
@@ -214,9 +191,7 @@ class Job:
 def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     """One model, its parts, the sweeps; then what differs from that in one thing, in two, ...
 
-    The long ends of the sweeps come after what differs in method, dtype and clipping, and after the
-    next model. So do the methods that are not among the usual, in as few comparisons as there can
-    be; what else there is of them comes at the very end.
+    The long ends of the sweeps come after the next model, as do methods that are not usual.
     """
     models, sizes, tensors = list(MODELS), list(SIZES), list(TENSORS)
     if dry:

@@ -34,7 +34,7 @@ LATEST = ROOT / "bench/results/latest"
 PAGE = ROOT / "docs/benchmark.md"
 FIGURES = ("parts", "bandwidth", "tensors", "bytes")
 BEGIN, END = "<!-- from bench/page.py -->\n", "<!-- until here -->\n"
-
+# Columns of the tables.
 SHOWN = {
     **dict.fromkeys(("ms", "p20", "p80"), ".4g"),
     **dict.fromkeys(("ratio", "ratio_p20", "ratio_p80"), ".3g"),
@@ -42,13 +42,12 @@ SHOWN = {
     **dict.fromkeys(("rounds", "moved_bytes", "launches"), "d"),
     "host_us": ".0f",
 }
-"""Columns of the tables."""
 RUN = ("copy_gb_per_s", "in_place_gb_per_s", "threads", "commit")
+# Their versions are written down where they are installed.
 LIBRARIES = (
     *("optimi", "torch-optimi", "bitsandbytes", "torchao", "timm"),
     *("lion-pytorch", "pytorch-optimizer", "apex"),
 )
-"""Of which the versions are written down where they are installed."""
 TARGETS_TITLE = "Targets of the path for CPUs, float32"
 TARGETS_NOTE = (
     "Milliseconds of the first and the second arm, medians; the ratio is that of the pairs, median "
@@ -193,7 +192,7 @@ def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def cell(row: Row | None) -> str:
     """Milliseconds and, where the results are right, the ratio."""
     if row is None or row.get("ms") is None:
-        return "" if row is None else str(row["verdict"])
+        return row["verdict"] if row else ""
     ms = f"{row['ms']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})"
     if row["ratio"] is None:
         return f"{ms}, results differ"
@@ -226,10 +225,8 @@ def results(folder: Path) -> str:
 def slug(machine: dict[str, Any]) -> str:
     """A folder name for the device.
 
-    >>> slug({"cpu": "AMD EPYC", "cores": 2})
-    'amd-epyc-2-cores-cpu'
-    >>> slug({"cpu": "AMD EPYC", "cores": 16, "gpu": "NVIDIA H100 80GB HBM3"})
-    'nvidia-h100-80gb-hbm3'
+    >>> slug({"cpu": "AMD EPYC", "cores": 2}), slug({"cores": 2, "gpu": "NVIDIA H100 80GB HBM3"})
+    ('amd-epyc-2-cores-cpu', 'nvidia-h100-80gb-hbm3')
     """
     cpu = machine.get("cpu") or machine.get("architecture")
     name = machine.get("gpu") or f"{cpu} {machine['cores']} cores cpu"

@@ -1,10 +1,8 @@
 """Whether an implementation computes what it is timed for, asked before it is timed.
 
-Every implementation takes three steps from the same start, with the very objects and tensors that
-are then timed. A sample of the parameters is compared with the oracle of `fusedreg check`: the
-formulas of the papers in float64, on intervals that know how far roundings can take them. All of a
-step is elementwise but norms: that of the gradients, which is formed in float64 over all of them,
-and those of single tensors in a layerwise method, whose sample consists of whole tensors.
+Three steps are taken with the very objects and tensors that are then timed. A sample of the
+parameters is compared with the oracle of `fusedreg check`, on intervals that know how far roundings
+can take its formulas. A norm of all gradients is formed over all of them, in float64.
 """
 
 from __future__ import annotations
@@ -16,30 +14,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contenders import Contender, Maker, Task, make_groups
+from contenders import Contender, Task, make_groups
 from jobs import CLIP_SHARE, SCALE, Groups, Method
-from measure import Machine, host_seconds
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/lib"))
 import intervals  # what the tests judge random programs by
 from intervals import Interval, Precision
 
+# Each step's gradient: so much of the first gradient, plus so much of the first parameter.
 MIXTURES = ((1.0, 0.0), (-0.5, 0.25), (0.75, 0.5))
-"""Each step's gradient: so much of the first gradient, plus so much of the first parameter."""
 SAMPLE = 2**20
-
+# Half ulp that one operation of a formula stands for. Most are one operation of torch as well, but
+# a product with a number rounds the number too, and an average as m + (1 - beta) * (g - m) rounds
+# the difference of two numbers that the formula multiplies one by one. An interval counts more,
+# because the tests judge float64 as well, which is the dtype that the ends are computed in.
 ROUNDINGS = 2
-"""Half ulp that one operation of a formula stands for. Most are one operation of torch as well, but
-a product with a number rounds the number too, and an average as m + (1 - beta) * (g - m) rounds the
-difference of two numbers that the formula multiplies one by one. An interval counts more of them,
-because the tests judge float64 as well, which is the dtype that the ends are computed in."""
+# Relative, of 1 - 0.999 formed in float32, as kernels form it that are given betas as float32.
 ERROR_OF_CONSTANTS = 1.3e-5
-"""Relative, of 1 - 0.999 formed in float32, as kernels form it that are given betas as float32."""
-ERROR_OF_NORM = 1e-4
-"""Relative, of a norm accumulated in float32, as torch accumulates it."""
+ERROR_OF_NORM = 1e-4  # relative, of a norm accumulated in float32, as torch accumulates it
+# Norms of tensors, their norm, quotient and product, where each is stored in the dtype.
 ROUNDINGS_OF_CLIPPING = 5
-"""Norms of tensors, their norm, quotient and product, where each is stored in the dtype."""
 
 
 def around(x: Tensor, error: Any, dtype: torch.dtype) -> Interval:
@@ -123,11 +118,8 @@ class Setting:
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def sample(self, tensors: list[Any], method: Method) -> list[Tensor]:
-        """Elements as float64: of a layerwise method all of the smallest tensors.
-
-        Of others those at equal distances, the last of each tensor among them. The distance is odd,
-        so that every position in a vector or block is met.
-        """
+        """Elements as float64: all of the smallest tensors, if the method is layerwise; else some
+        at equal distances, which are odd, so that every position in a vector or block is met."""
         k = 1 if method.layerwise else sum(x.numel() for x in tensors) // SAMPLE | 1
         if method.layerwise:
             smallest = sorted(tensors, key=torch.numel)
@@ -178,13 +170,6 @@ class Setting:
             self.set_grads(step)
             contender.step()
         self.set_grads()
-
-    def prepare(self, make: Maker, task: Task, machine: Machine) -> Contender:
-        """A contender with its verdict and, on a GPU, what its step takes of the host."""
-        contender = make(self.groups, task)
-        contender.verdict = self.check(contender, task)
-        contender.host = host_seconds(contender.step, machine)
-        return contender
 
     def check(self, contender: Contender, task: Task) -> Verdict:
         self.take_steps(contender)

@@ -165,7 +165,7 @@ def test_rare_methods_come_after_the_usual_ones(bench: Any) -> None:
 def test_targets_are_those_that_were_set(bench: Any) -> None:
     """Clipped: 1.3 and 5 times faster; unclipped 5 % slower at most; overhead no larger."""
     found = {}
-    for target in bench("targets").targets(dry=False):
+    for target in bench("run").targets(dry=False):
         case = target.model, str(target), target.over.who, target.under.who
         assert case not in found
         found[case] = target.wanted
@@ -189,7 +189,7 @@ def test_targets_are_those_that_were_set(bench: Any) -> None:
 def test_every_target_is_measured_and_shown(
     folder: Path, report: dict[str, Any], bench: Any
 ) -> None:
-    asked = bench("targets").targets(dry=True)
+    asked = bench("run").targets(dry=True)
     assert [row["what"] for row in report["targets"]] == [str(target) for target in asked]
     text, page = (folder / "bench.txt").read_text(), bench("page").results(folder)
     for row, target in zip(report["targets"], asked, strict=True):
@@ -212,7 +212,7 @@ def test_every_target_is_measured_and_shown(
 def test_a_target_is_met_by_the_median_of_the_pairs(
     bench: Any, monkeypatch: pytest.MonkeyPatch, at_least: bool, limit: float, verdict: str
 ) -> None:
-    module = bench("targets")
+    module = bench("run")
     times = [[4.0, 2.0, 9.0], [2.0, 2.0, 1.0]]
     monkeypatch.setattr(module, "steps", lambda *_: (["a", "b"], times, []))
     arm = module.Arm("fusedreg", "AdamW")
@@ -231,7 +231,7 @@ def test_a_target_is_met_by_the_median_of_the_pairs(
 def test_a_target_is_missed_where_our_results_differ_and_told_where_torchs_do(
     bench: Any, monkeypatch: pytest.MonkeyPatch, who: str, verdict: str
 ) -> None:
-    module = bench("targets")
+    module = bench("run")
     monkeypatch.setitem(module.MAKERS, who, unclipped(bench("contenders"), None))
     shapes, machine = bench("jobs").TINY["tiny"], machine_of(bench)
     setting = bench("verify").Setting(shapes, torch.float32, machine.device)
@@ -284,7 +284,7 @@ def unclipped(contenders: ModuleType, method: Any) -> Any:
 
 
 def test_a_wrong_implementation_gets_no_ratio(bench: Any) -> None:
-    contenders, comparison = bench("contenders"), bench("comparison")
+    contenders, measure = bench("contenders"), bench("measure")
     job = bench("jobs").Job("model", "tiny in 2 groups", "AdamW + L1")
     method = bench("jobs").METHODS[job.method]
     makers = {
@@ -293,7 +293,7 @@ def test_a_wrong_implementation_gets_no_ratio(bench: Any) -> None:
         "softshrink": softshrink(contenders, method),
         "unclipped": unclipped(contenders, method),
     }
-    rows = by_name(bench, comparison, job, makers)
+    rows = by_name(bench, measure, job, makers)
     assert rows["torch foreach"]["verdict"] == ""
     assert rows["torch foreach"]["ratio"] > 0
     for name in ("softshrink", "unclipped"):
@@ -303,14 +303,14 @@ def test_a_wrong_implementation_gets_no_ratio(bench: Any) -> None:
 
 
 def test_nobody_gets_a_ratio_to_a_wrong_fusedreg(bench: Any) -> None:
-    contenders, comparison = bench("contenders"), bench("comparison")
+    contenders, measure = bench("contenders"), bench("measure")
     job = bench("jobs").Job("model", "tiny", "AdamW + L1", clip=False)
     method = bench("jobs").METHODS[job.method]
     makers = {
         "fusedreg": softshrink(contenders, method),
         "torch fused": contenders.TORCH["torch fused"],
     }
-    for row in by_name(bench, comparison, job, makers).values():
+    for row in by_name(bench, measure, job, makers).values():
         assert row["ratio"] is None
         assert row["verdict"]
 
@@ -319,9 +319,9 @@ def test_one_that_fails_does_not_stop_the_others(bench: Any) -> None:
     def make(groups: Any, task: Any) -> Any:
         raise OSError("no such card")
 
-    contenders, comparison = bench("contenders"), bench("comparison")
+    contenders, measure = bench("contenders"), bench("measure")
     makers = {"fusedreg": contenders.own, "other": make}
-    rows = by_name(bench, comparison, bench("jobs").Job("model", "tiny"), makers)
+    rows = by_name(bench, measure, bench("jobs").Job("model", "tiny"), makers)
     assert rows["other"]["verdict"] == "OSError: no such card"
     assert "ms" not in rows["other"]
     assert rows["fusedreg (llvm)"]["ratio"] == 1
@@ -332,8 +332,8 @@ def machine_of(bench: Any) -> Any:
     return bench("measure").Machine(torch.device("cpu"), 0.0, 0.0, bandwidth=1e9)
 
 
-def by_name(bench: Any, comparison: ModuleType, job: Any, makers: Any) -> dict[str, Any]:
-    rows = comparison.compare(job, makers, machine_of(bench))
+def by_name(bench: Any, measure: ModuleType, job: Any, makers: Any) -> dict[str, Any]:
+    rows = measure.compare(job, makers, machine_of(bench))
     return {row["implementation"]: row for row in rows}
 
 
@@ -341,12 +341,12 @@ def by_name(bench: Any, comparison: ModuleType, job: Any, makers: Any) -> dict[s
 def test_rare_methods_are_timed_beside_whoever_has_them(
     bench: Any, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    contenders, comparison = bench("contenders"), bench("comparison")
+    contenders, measure = bench("contenders"), bench("measure")
     monkeypatch.setattr(contenders, "OTHERS", {})
     job = bench("jobs").Job("model", "tiny in 2 groups", method)
-    makers, missing = comparison.participants(job, machine_of(bench))
+    makers, missing = measure.participants(job, machine_of(bench))
     assert missing == {}
-    rows = by_name(bench, comparison, job, makers)
+    rows = by_name(bench, measure, job, makers)
     theirs = {
         "RMSprop": {"torch foreach", "torch for-loop"},
         "Adagrad": {"torch fused", "torch foreach", "torch for-loop"},

@@ -30,6 +30,8 @@ from jobs import DTYPES, METHODS, SHAPES, Job, count, jobs
 from measure import Machine, fusedreg_on, host_seconds, milliseconds, rounds, spread
 from verify import Setting
 
+import fusedreg
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # By path; an interpreter takes its time.
@@ -50,14 +52,14 @@ def versions(ref: str) -> Iterator[dict[str, Executor]]:
         tree = Path(folder)
         # kernels/ is the package fusedreg.kernels: put it there, as an installation would.
         (tree / "fusedreg/kernels").symlink_to(tree / "kernels")
-        with process(tree, tree) as base, process(ROOT) as this:
+        with process(folder) as base, process() as this:
             yield {"base": base, "this": this}
 
 
-def process(tree: Path, *package: Path) -> Executor:
+def process(*folders: str) -> Executor:
     """A process whose modules come from these folders first."""
     before = sys.path.copy()  # a new process begins with a copy of it
-    sys.path[:] = [*map(str, package), *before, str(tree / "tests"), str(tree / "tests/lib")]
+    sys.path[:0] = folders
     executor = ProcessPoolExecutor(1, get_context("spawn"))
     executor.submit(int).result()
     sys.path[:] = before
@@ -74,6 +76,8 @@ def digest(*tensors: torch.Tensor) -> str:
 def digests() -> dict[str, dict[str, str]]:
     """Of parameters and states by step, in the version that is imported here."""
     torch.set_num_threads(1)
+    tests = Path(fusedreg.__file__).parents[1] / "tests"
+    sys.path[:0] = [str(tests), str(tests / "lib")]
     import_module("interpreter")  # rounds to bfloat16 as a GPU does
     # Older commits have the table elsewhere.
     table = "fusedreg.check.cases" if find_spec("fusedreg.check.cases") else "fusedreg.cases"

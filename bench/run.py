@@ -41,6 +41,9 @@ class Arm(NamedTuple):
     method: str
     clip: bool = True
 
+    def name(self, path: str = "") -> str:
+        return self.who + path + " + L1" * bool(METHODS[self.method].l1)  # one of a pair has it
+
 
 class Target(NamedTuple):
     """A limit for the time of `over`, divided by that of `under`."""
@@ -106,7 +109,10 @@ def measure_targets(machine: Machine) -> list[Row]:
                 spent = time.monotonic() - since
             row = {"what": str(target), "model": model, "parameters": count(shapes)}
             row |= {"tensors": sum(map(len, shapes)), "target": target.wanted, "met": False}
-            row |= {"unit": " s" * target.first_step, "arms": [target.over.who, target.under.who]}
+            row |= {
+                "unit": " s" * target.first_step,
+                "arms": [target.over.name(), target.under.name()],
+            }
             rows[target] = row | dict.fromkeys(("value", "p20", "p80", "rounds", "ms")) | found
     return [rows[target] for target in todo]
 
@@ -130,11 +136,9 @@ def steps(target: Target, setting: Setting, machine: Machine) -> Any:
     """What the two arms are called, the milliseconds of each, and where torch is inexact."""
     names, notes, calls = [], [], {}
     for place, arm in enumerate((target.over, target.under)):
-        method = METHODS[arm.method]
-        task = setting.task(method, arm.clip)
+        task = setting.task(METHODS[arm.method], arm.clip)
         contender = prepare(MAKERS[arm.who], setting, task, machine)
-        path = f" ({contender.backend})" if arm.who == "fusedreg" else ""
-        names.append(arm.who + path + " + L1" * bool(method.l1))  # which one of a pair may have
+        names.append(arm.name(f" ({contender.backend})" if arm.who == "fusedreg" else ""))
         if not contender.verdict.matches:
             # torch's norm of GPT-2's embedding is inexact on a CPU, by 3e-3.
             if not arm.who.startswith("torch"):

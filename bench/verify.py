@@ -120,7 +120,7 @@ class Setting:
     def sample(self, tensors: list[Any], method: Method) -> list[Tensor]:
         """Elements as float64: all of the smallest tensors, if the method is layerwise; else some
         at equal distances, which are odd, so that every position in a vector or block is met."""
-        k = 1 if method.layerwise else sum(x.numel() for x in tensors) // SAMPLE | 1
+        k = 1 if method.layerwise else 2 * sum(x.numel() for x in tensors) // SAMPLE | 1
         if method.layerwise:
             smallest = sorted(tensors, key=torch.numel)
             ends = accumulate(map(torch.numel, smallest))
@@ -135,9 +135,9 @@ class Setting:
         method = task.method
 
         def read(tensors: list[Any], factor: float = 1.0, relative: float = 0.0) -> list[Interval]:
-            parts = [factor * x for x in self.sample(tensors, method)]
-            # All at once where nothing is per tensor.
-            parts = parts if method.layerwise else [torch.cat(parts)]
+            parts: Any = [factor * x for x in self.sample(tensors, method)]
+            # Where nothing is per tensor, in pieces whose intervals fit into a cache.
+            parts = parts if method.layerwise else torch.cat(parts).split(2**14)
             return [around(x, relative * x.abs(), self.dtype) for x in parts]
 
         slots: list[Any] = [Slot(w) for w in read(self.values)]

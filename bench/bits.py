@@ -3,44 +3,88 @@
 Every case of the table of `fusedreg check` takes three steps by LLVM's kernels and by triton's,
 interpreted, in four dtypes, with clipping and without. Parameters and states that differ are
 printed, and the exit status is 1. Each commit has a process, a table of cases and tests of its own.
+`python bench/run.py --base REF` also times the comparisons of the benchmark in both.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
+import io
 import os
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from jobs import DTYPES, METHODS, SHAPES, Job, count, jobs
+from measure import Machine, fusedreg_on, host_seconds, milliseconds, rounds, spread
+from verify import Setting
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = {"default": [(37,), (5, 7), (1,), (0,), (40, 33)], "fused": [(37,), (5, 7), (1100,)]}
-"""By path; an interpreter takes its time."""
+import fusedreg
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# By path; an interpreter takes its time.
+SIZES = {"default": [(37,), (5, 7), (1,), (0,), (40, 33)], "fused": [(37,), (5, 7), (1100,)]}
+MADE: dict[str, Callable[[], float]] = {}  # a timed step, in the process of a version
 
 
-def digest(tensor: torch.Tensor) -> str:
-    bits = tensor.detach().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(bits.numpy().tobytes()).hexdigest()
+@contextmanager
+def versions(ref: str) -> Iterator[dict[str, Executor]]:
+    """A process with the package as it was at a commit, and one with that of this tree."""
+    command = ["git", "-C", str(ROOT), "archive", ref, "fusedreg", "kernels", "tests"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"--base {ref}: {done.stderr.decode().strip()}")
+    with TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+            archive.extractall(folder, filter="data")
+        tree = Path(folder)
+        # kernels/ is the package fusedreg.kernels: put it there, as an installation would.
+        (tree / "fusedreg/kernels").symlink_to(tree / "kernels")
+        with process(folder) as base, process() as this:
+            yield {"base": base, "this": this}
+
+
+def process(*folders: str) -> Executor:
+    """A process whose modules come from these folders first."""
+    before = sys.path.copy()  # a new process begins with a copy of it
+    sys.path[:0] = folders
+    executor = ProcessPoolExecutor(1, get_context("spawn"))
+    executor.submit(int).result()
+    sys.path[:] = before
+    return executor
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def digests() -> dict[str, dict[str, str]]:
     """Of parameters and states by step, in the version that is imported here."""
+    torch.set_num_threads(1)
+    tests = Path(fusedreg.__file__).parents[1] / "tests"
+    sys.path[:0] = [str(tests), str(tests / "lib")]
     import_module("interpreter")  # rounds to bfloat16 as a GPU does
     # Older commits have the table elsewhere.
     table = "fusedreg.check.cases" if find_spec("fusedreg.check.cases") else "fusedreg.cases"
-    cases = import_module(table).CASES
     found = {}
-    for path, case, dtype, clip in product(SHAPES, cases, DTYPES, (None, 0.5)):
+    for path, case, dtype, clip in product(SIZES, import_module(table).CASES, FLOATS, (None, 0.5)):
         generator = torch.Generator().manual_seed(3)
-        values = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES[path]]
+        values = [torch.randn(shape, generator=generator).to(dtype) for shape in SIZES[path]]
         params = list(map(torch.nn.Parameter, values))
         second = {"params": params[2:], "lr": 0.03, "weight_decay": 0.0}
         optimizer = case.make([{"params": params[:2]}, second], path, max_grad_norm=clip)
@@ -57,37 +101,69 @@ def digests() -> dict[str, dict[str, str]]:
     return found
 
 
-def digests_of(*paths: Path) -> dict[str, dict[str, str]]:
-    """The same in a process whose modules come from these folders first."""
-    more = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, "--digests"]
-    return json.loads(subprocess.check_output(command, env=os.environ | more))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", metavar="REF", default="HEAD", help="a commit (default: HEAD)")
-    parser.add_argument("--digests", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.digests:
-        print(json.dumps(digests()))
-        return
-    from versions import ROOT, resolve, tree_of  # noqa: PLC0415  # a version imports only itself
-
-    with TemporaryDirectory() as folder:
-        tree = tree_of(resolve(arguments.base), Path(folder))
-        base = digests_of(tree, tree / "tests", tree / "tests/lib")
-    this = digests_of(ROOT / "tests", ROOT / "tests/lib")
+    ref = parser.parse_args().base
+    os.environ["TRITON_INTERPRET"] = "1"
+    with versions(ref) as processes:
+        running = [process.submit(digests) for process in processes.values()]
+        base, this = (each.result() for each in running)
     both = sorted(base.keys() & this.keys())
     differing = [key for key in both if base[key] != this[key]]
     for key in differing:
         names = {**base[key], **this[key]}
         print(f"{key}:", *(n for n in names if base[key].get(n) != this[key].get(n)), sep="  ")
     for key in sorted(base.keys() ^ this.keys()):
-        print(f"{key}: only in {arguments.base if key in base else 'this tree'}")
+        print(f"{key}: only in {ref if key in base else 'this tree'}")
     print(f"{len(both)} programs in both, {len(differing)} of them differ in some bit")
     raise SystemExit(min(len(differing), 1))
+
+
+def compare_versions(ref: str, machine: Machine, quick: bool) -> None:
+    """Print whether both give the same bits, and the ratio of their times in turns, A B B A."""
+    with versions(ref) as processes:
+        for job in jobs(machine.dry, quick, gpu=False):
+            if job.kind not in ("model", "size", "tensors"):
+                continue
+            # Parameters, gradients and states of both processes.
+            need = 2.4 * count(SHAPES[job.model]) * (6 + METHODS[job.method].states)
+            if machine.left() < 0 or need * DTYPES[job.dtype].itemsize > machine.free_memory():
+                print(f"{job}: left out, no {'time' if machine.left() < 0 else 'memory'}")
+                continue
+            try:
+                found = {who: p.submit(make, job, machine).result() for who, p in processes.items()}
+            except AttributeError as error:  # a commit lacks the class
+                print(f"{job}: {error}")
+                continue
+            bits = "bitwise equal" if len(set(found.values())) == 1 else "not bitwise equal"
+            steps = {who: [lambda p=p: p.submit(step).result()] for who, p in processes.items()}
+            times = rounds(steps, machine, before=machine.wait)
+            base, this = ([ms for (ms,) in each] for each in times.values())
+            ratio, p20, p80 = spread([now / then for then, now in zip(base, this, strict=True)])
+            ms = f"{spread(this)[0]:.4g} ms, at {ref} {spread(base)[0]:.4g} ms"
+            print(f"{job}: {ms}, ratio {ratio:.3f} ({p20:.3f} to {p80:.3f}), {bits}", flush=True)
+
+
+def make(job: Job, machine: Machine) -> str:
+    """Make an optimizer and take its first steps; the digest of the parameters."""
+    setting = Setting(SHAPES[job.model], DTYPES[job.dtype], machine.device)
+    task = setting.task(METHODS[job.method], job.clip)
+    contender = fusedreg_on(machine)(setting.groups, task)
+    setting.take_steps(contender)
+    found, host = digest(*setting.params), host_seconds(contender.step, machine)
+
+    def timed() -> float:
+        setting.set_grads()
+        machine.wait()
+        return milliseconds(contender.step, machine, host)
+
+    MADE["step"] = timed
+    return found
+
+
+def step() -> float:
+    return MADE["step"]()
 
 
 if __name__ == "__main__":

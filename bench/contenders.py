@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import count
 from math import inf
 from typing import Any
 
 import torch
-from jobs import Groups
-from methods import LR, SCALE, Method
+from jobs import LR, SCALE, Groups, Method
 from torch import nn
 
 import fusedreg
@@ -25,6 +25,12 @@ class Contender:
 
     optimizer: Any
     parts: dict[str, Callable[[], object]]
+    verdict: Any = None
+    host: float = 0.0  # seconds that a GPU's step takes of the host
+
+    @property
+    def backend(self) -> str | None:
+        return getattr(self.optimizer, "backend", None)
 
     def step(self) -> None:
         for part in self.parts.values():
@@ -37,8 +43,7 @@ class Task:
 
     method: Method
     max_norm: float | None
-    scaled: bool = False
-    """Whether the gradients are those of a loss times SCALE."""
+    scaled: bool = False  # whether the gradients are those of a loss times SCALE
 
 
 Maker = Callable[[ParamGroups, Task], Contender]
@@ -59,15 +64,10 @@ def make_groups(shapes: Groups, dtype: torch.dtype, device: torch.device) -> Par
     return groups
 
 
-def _copies(groups: ParamGroups) -> ParamGroups:
-    """Groups over the same parameters: an optimizer adds to those that it is given."""
-    return [dict(group) for group in groups]
-
-
 def own(groups: ParamGroups, task: Task, **options: Any) -> Contender:
     """fusedreg, where all of it is in the step."""
     kwargs = {**task.method.kwargs, "max_grad_norm": task.max_norm, **options}
-    optimizer = getattr(fusedreg, task.method.cls)(_copies(groups), **kwargs)
+    optimizer = getattr(fusedreg, task.method.cls)(list(map(dict, groups)), **kwargs)
     if task.scaled:  # as torch.amp.GradScaler gives them to an optimizer that unscales by itself
         device = groups[0]["params"][0].device
         optimizer.grad_scale, optimizer.found_inf = torch.tensor([SCALE, 0.0], device=device)
@@ -77,7 +77,8 @@ def own(groups: ParamGroups, task: Task, **options: Any) -> Contender:
 def theirs(cls: Any, groups: ParamGroups, task: Task, **options: Any) -> Contender:
     """Somebody else's optimizer, with what it leaves to the user before and after its step."""
     kwargs = {name: value for name, value in task.method.kwargs.items() if name != "l1"}
-    optimizer = cls(_copies(groups), **{**kwargs, **options})
+    # An optimizer adds to the groups that it is given.
+    optimizer = cls(list(map(dict, groups)), **{**kwargs, **options})
     params = [param for group in groups for param in group["params"]]
     parts: dict[str, Callable[[], object]] = {}
     if task.scaled:  # what torch.amp.GradScaler.unscale_ computes, without what it does on the host
@@ -98,12 +99,11 @@ def soft_threshold_(optimizer: torch.optim.Optimizer, l1: float) -> Callable[[],
     S(w, s) = w - clamp(w, -s, s) with s = lr l1 / (sqrt(v_hat) + eps), the moments being torch's.
     The number of steps is counted here, because torch's may lie on the device.
     """
-    steps = 0
+    numbers = count(1)
 
     @torch.no_grad()
     def threshold() -> None:
-        nonlocal steps
-        steps += 1
+        steps = next(numbers)
         for group in optimizer.param_groups:
             params = group["params"]
             root = (1 - group["betas"][1] ** steps) ** 0.5
@@ -129,13 +129,16 @@ def compiled(groups: ParamGroups, task: Task, how: str, backend: str) -> Contend
     return Contender(contender.optimizer, {"step": torch.compile(contender.step, backend=backend)})
 
 
+REFERENCE = "fusedreg reference"  # with fused=False
 TORCH: dict[str, Maker] = {
     "torch fused": partial(of_torch, fused=True),
     "torch foreach": partial(of_torch, foreach=True),
     "torch for-loop": partial(of_torch, foreach=False),
 }
-
 USUAL = ("AdamW", "Adam", "SGD", "Lion")
+# Libraries, where their optimizers are, and what they call those of ours. None has proximal L1.
+# Not here are those of other formulas: LAMB of bitsandbytes, which limits the norm of the update,
+# and of pytorch-optimizer, without bias correction and with norms of at most 10.
 OTHERS: dict[str, tuple[str, dict[str, str]]] = {
     "optimi": ("optimi", {cls: cls for cls in USUAL}),
     "bitsandbytes 32 bit": ("bitsandbytes.optim", {cls: f"{cls}32bit" for cls in USUAL}),
@@ -146,28 +149,14 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
     "pytorch-optimizer": ("pytorch_optimizer", {"Lion": "Lion"}),
     "apex": ("apex.optimizers", {"LAMB": "FusedLAMB"}),
 }
-"""Libraries, where their optimizers are, and what they call those of ours. None has proximal L1.
-
-Not here are those of other formulas: LAMB of bitsandbytes, which limits the norm of the update, and
-of pytorch-optimizer, without bias correction and with norms of at most 10.
-"""
-
+# Both clip by themselves, by another formula.
 OPTIONS_OF_OTHERS = {"Lamb": {"max_grad_norm": None}, "FusedLAMB": {"max_grad_norm": inf}}
-"""What makes them compute the same: both clip by themselves, by another formula."""
-
-REFERENCE = "fusedreg reference"
-"""fusedreg with fused=False."""
 
 
 def contenders(method: Method) -> tuple[dict[str, Maker], dict[str, str]]:
-    """Who computes a method, the most important first, and why others do not.
-
-    What torch lacks is compared with fusedreg's readable path, whoever else is installed.
-    """
+    """Who computes a method, the most important first, and why others do not."""
     found: dict[str, Maker] = {"fusedreg": own}
     found |= {f"torch {way}": TORCH[f"torch {way}"] for way in method.ways_of_torch}
-    if not method.ways_of_torch:
-        found[REFERENCE] = partial(own, fused=False)
     missing = {}
     for name, (module, classes) in OTHERS.items():
         if method.l1 or method.cls not in classes:
@@ -180,4 +169,6 @@ def contenders(method: Method) -> tuple[dict[str, Maker], dict[str, str]]:
         options = {"weight_decay": method.kwargs.get("weight_decay", 0.0), "lr": LR}
         options |= OPTIONS_OF_OTHERS.get(classes[method.cls], {})
         found[name] = partial(theirs, cls, **options)
+    if not method.ways_of_torch:
+        found[REFERENCE] = partial(own, fused=False)
     return found, missing

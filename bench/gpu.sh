@@ -41,7 +41,7 @@ sanitize() { # TOOL SECONDS OPTIONS...
     if [[ $stages != *" $tool "* ]]; then return; fi
     if command -v compute-sanitizer >/dev/null; then
         stage "$tool" "$seconds" compute-sanitizer --tool "$tool" --error-exitcode 1 "$@" \
-            "$python" "$root/bench/small_step.py"
+            "$python" "$root/bench/host.py" --small
     else
         echo "---- $tool: no compute-sanitizer on PATH" | tee "$out/$tool.log"
     fi

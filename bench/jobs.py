@@ -1,13 +1,110 @@
-"""What is compared, in the order of importance: methods on models, which are lists of shapes."""
+"""What is computed: methods, the bytes that a step of each moves, and models as lists of shapes."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, product
 from math import prod
 from typing import Any
 
-from methods import DTYPES, METHODS, USUAL
+import torch
+
+import fusedreg
+
+LR, L1, DECAY = 0.1, 0.3, 0.5  # large, so that a wrong factor is found before anything is timed
+CLIP_SHARE = 0.5  # max_grad_norm over the norm of the gradients: clipping halves them
+SCALE = 1024.0  # the loss scale where there is one; a power of two, so that scaling rounds nothing
+# torch's defaults but for the decay, given to all, because other libraries have others.
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": DECAY}
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One update rule with its penalties."""
+
+    cls: str  # a name, as another commit may not have the class
+    kwargs: dict[str, Any]
+    states: int  # tensors that are read and written
+    foreach: int | None = None  # numbers per parameter that torch's foreach reads and writes
+
+    @property
+    def l1(self) -> float:
+        return float(self.kwargs.get("l1", 0.0))
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether a norm of each tensor's update must be known before it is applied."""
+        return bool(getattr(getattr(fusedreg, self.cls), "layerwise", False))
+
+    @cached_property
+    def case(self) -> Any:
+        """The same for the oracle."""
+        from fusedreg.cases import Case  # noqa: PLC0415  # another commit may lack it
+
+        return Case(self.cls, "bench", getattr(fusedreg, self.cls), self.kwargs)
+
+    @property
+    def ways_of_torch(self) -> tuple[str, ...]:
+        """How torch.optim computes it; () where it does not.
+
+        >>> METHODS["RMSprop"].ways_of_torch, METHODS["Lion"].ways_of_torch
+        (('foreach', 'for-loop'), ())
+        """
+        cls = getattr(torch.optim, self.cls, None)
+        fused = cls is not None and "fused" in inspect.signature(cls).parameters
+        return (*["fused"] * fused, *["foreach", "for-loop"] * (cls is not None))
+
+
+# The first of each are the most important. What foreach moves in AdamW: decay 2, lerp 3, mul 2,
+# addcmul 3, sqrt 2, div 2, add 2, addcdiv 4. Adam with L2 has an add of 3 in the place of the
+# decay; SGD has mul 2, add 3, add 3. RMSprop has add 3, mul 2, addcmul 3, sqrt 2, add 2, and of the
+# momentum mul 2, addcdiv 4, add 3; Adagrad add 3, addcmul 3, sqrt 2, add 2, mul 2, addcdiv 4.
+#
+# RMSprop is that of the mobile networks; the decay of LAMB makes the trust ratio about 0.4, because
+# at 1 nobody would see that it was left out.
+RMSPROP = {"alpha": 0.9, "eps": 1e-8, "momentum": 0.9, "weight_decay": DECAY}
+METHODS = {
+    "AdamW": Method("AdamW", ADAM, 2, 20),
+    "SGD momentum": Method("SGD", {"momentum": 0.9}, 1, 8),
+    "AdamW + L1": Method("AdamW", {**ADAM, "l1": L1}, 2, 20),
+    "Adam + L2": Method("Adam", ADAM, 2, 21),
+    "RMSprop": Method("RMSprop", RMSPROP, 2, 21),
+    "Adagrad": Method("Adagrad", {"eps": 1e-10, "weight_decay": DECAY}, 1, 16),
+    "Lion": Method("Lion", {"betas": (0.9, 0.99), "weight_decay": DECAY}, 1),
+    "LAMB": Method("LAMB", {**ADAM, "eps": 1e-6, "weight_decay": 4 * DECAY}, 2),
+}
+USUAL = tuple(METHODS)[:4]  # what a quick run compares; the others come later
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+THRESHOLD = 19  # what torch operations move in `contenders.soft_threshold_`
+
+
+def needed_numbers(method: Method, clip: bool) -> int:
+    """What a step cannot do without: gradient, parameter and states, the gradient again to clip,
+    parameter and states again where the norm of an update must be known."""
+    return 3 + 2 * method.states + clip + method.layerwise * (1 + method.states)
+
+
+def moved_numbers(method: Method, clip: bool, scaled: bool, implementation: str) -> dict[str, int]:
+    """Numbers read and written for each parameter, by part; {} where nobody has counted.
+
+    >>> moved_numbers(METHODS["AdamW"], True, True, "torch fused")
+    {'unscale': 2, 'clip': 3, 'step': 7}
+    >>> moved_numbers(METHODS["LAMB"], True, True, "fusedreg (llvm)")  # 1 + 4 + 4 + 3
+    {'step': 12}
+    """
+    if implementation in {"fusedreg kernels", "fusedreg (triton)", "fusedreg (llvm)"}:
+        # A layerwise method stores no states before it has the norm: it forms them twice.
+        return {"step": needed_numbers(method, clip) + method.layerwise}
+    who, _, way = implementation.partition(" ")
+    step = {"fused": 3 + 2 * method.states, "foreach": method.foreach}.get(way)
+    if who != "torch" or way not in method.ways_of_torch or step is None:
+        return {}
+    parts = {"unscale": 2 * scaled, "clip": 3 * clip, "step": step}
+    parts["threshold"] = THRESHOLD * bool(method.l1)
+    return {part: numbers for part, numbers in parts.items() if numbers}
+
 
 Shape = tuple[int, ...]
 Groups = list[list[Shape]]
@@ -42,11 +139,9 @@ def count(groups: Groups) -> int:
     return sum(prod(shape) for group in groups for shape in group)
 
 
-# The output layer is the embedding.
+# The output layer is the embedding. The first models are the most important.
 GPT2 = transformer(12, 768, (50257, 768), (1024, 768))
 VIT = transformer(12, 768, (1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,))
-
-# The first are the most important.
 MODELS: dict[str, Groups] = {
     "ResNet-50": [resnet50()],
     "GPT-2 124M": [GPT2],
@@ -55,63 +150,37 @@ MODELS: dict[str, Groups] = {
     "GPT-2 124M in 50 groups": [GPT2[first::50] for first in range(50)],
     "GPT 1.3B": [transformer(24, 2048, (50257, 2048), (2048, 2048))],
 }
-SIZES: dict[str, Groups] = {
-    f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)
-}
-TENSORS: dict[str, Groups] = {
-    f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)
-}
+SIZES = {f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)}
+TENSORS = {f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)}
+# For pytest-benchmark.
 SMALL: dict[str, Groups] = {
     "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
     "1 M in 500 tensors": even(2**20, 500),
 }
-OF_TARGETS: dict[str, Groups] = {
-    "GPT-2 124M": [GPT2],
-    "144 tensors of 264000": even(144 * 264000, 144),
-    "3000 tensors of 3500": even(3000 * 3500, 3000),
-    "10 tensors of 1000": even(10 * 1000, 10),
-}
-"""Two that are large, one of many tensors, and a small one, of which a step is overhead."""
+# Two that are large, one of many tensors, and a small one, of which a step is overhead.
+EVEN = ((144, 264000), (3000, 3500), (10, 1000))
+OF_TARGETS = {"GPT-2 124M": [GPT2], **{f"{n} tensors of {x}": even(n * x, n) for n, x in EVEN}}
+# Two models and two sizes for a dry run.
 TINY: dict[str, Groups] = {"tiny": [[(40, 30), (3,)]], "tiny in 2 groups": [[(40, 30)], [(3,)]]}
-TINY_SWEEP: dict[str, Groups] = {"300 in 2 tensors": even(300, 2), "600 in 2 tensors": even(600, 2)}
-
-
-def of_targets(dry: bool) -> dict[str, Groups]:
-    return {**TINY, **TINY_SWEEP} if dry else OF_TARGETS
-
-
-def all_shapes(dry: bool) -> dict[str, Groups]:
-    return {**TINY, **TINY_SWEEP} if dry else {**MODELS, **SIZES, **TENSORS}
-
-
-COMPILED = {
-    "gpu": ("ResNet-50", "GPT-2 124M"),
-    "cpu": (f"{2**23} in 16 tensors",),  # 161 tensors take 40 s to compile
-    "dry": ("tiny",),
-}
-"""The models for which torch.compile's optimizers are timed."""
-
-LONG = 2**24
-"""Parameters; a CPU steps more in seconds."""
+TINY |= {f"{numel} in 2 tensors": even(numel, 2) for numel in (300, 600)}
+SHAPES = {**MODELS, **SIZES, **TENSORS, **OF_TARGETS, **TINY}
+LONG = 2**24  # parameters; a CPU steps more in seconds
 
 
 @dataclass(frozen=True)
 class Job:
     """One comparison."""
 
-    kind: str
-    """model, size, tensors (the two sweeps), parts or compiled."""
+    kind: str  # model, size, tensors (the two sweeps), parts or compiled
     model: str
     method: str = "AdamW"
     dtype: str = "float32"
     clip: bool = True
-    compiled: str = ""
-    """Which of torch's is compiled: one at a time, as they share code and its compiled forms."""
+    compiled: str = ""  # one of torch's at a time, as they share code and its compiled forms
 
     @property
     def scaled(self) -> bool:
-        """The parts are timed of a step with a loss scale, which has most of them."""
-        return self.kind == "parts"
+        return self.kind == "parts"  # the step that has most of them
 
     def __str__(self) -> str:
         parts = [self.model, self.method, self.dtype]
@@ -122,34 +191,31 @@ class Job:
 def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
     """One model, its parts, the sweeps; then what differs from that in one thing, in two, ...
 
-    The long ends of the sweeps come after what differs in method, dtype and clipping, and after the
-    next model. So do the methods that are not among the usual, in as few comparisons as there can
-    be; what else there is of them comes at the very end.
+    The long ends of the sweeps come after the next model, as do methods that are not usual.
     """
-    of, models = all_shapes(dry), list(TINY if dry else MODELS)
-    sizes, tensors = (TINY_SWEEP, TINY_SWEEP) if dry else (SIZES, TENSORS)
+    models, sizes, tensors = list(MODELS), list(SIZES), list(TENSORS)
+    if dry:
+        models, sizes, tensors = list(TINY)[:2], list(TINY)[2:], list(TINY)[2:]
     sweeps = [Job("size", name) for name in sizes] + [Job("tensors", name) for name in tensors]
-    long = [job for job in sweeps if count(of[job.model]) > LONG]
-    sweeps = [job for job in sweeps if job not in long]
+    long = [job for job in sweeps if count(SHAPES[job.model]) > LONG]
     axes: list[list[Any]] = [models, list(METHODS), list(DTYPES), [True, False]]
 
-    def rank(values: tuple[Any, ...]) -> tuple[int, ...]:
+    def rank(job: Job) -> tuple[Any, ...]:
+        values = (job.model, job.method, job.dtype, job.clip)
         places = [axis.index(value) for axis, value in zip(axes, values, strict=True)]
-        return sum(place > 0 for place in places), *places
+        return sum(place > 0 for place in places), places
 
-    every = [Job("model", *values) for values in sorted(product(*axes), key=rank)]
+    every = sorted((Job("model", *values) for values in product(*axes)), key=rank)
     usual = [job for job in every if job.method in USUAL]
-    near = 1 + sum(len(axis) - 1 for axis in (USUAL, *axes[2:]))  # of the first model
-    rare, few = [job for job in every if job.method not in USUAL], len(METHODS) - len(USUAL)
-    compiled = [
-        Job("compiled", model, clip=clip, compiled=how)
-        for how in ("foreach", "fused")
-        for clip in (True, False)
-        for model in COMPILED["dry" if dry else "gpu" if gpu else "cpu"]
-    ]
-    if quick or not (gpu or dry):
-        compiled = compiled[:1]
-    found = [usual[0], Job("parts", models[0]), *sweeps, *usual[1:near], *compiled[:1]]
+    rare = [job for job in every if job.method not in USUAL]
+    near, few = len(USUAL) + len(DTYPES), len(METHODS) - len(USUAL)  # with the first model
+    # A CPU compiles for 40 s where there are 161 tensors.
+    ways = product(("foreach", "fused"), (True, False), models[:2])
+    compiled = [Job("compiled", model, clip=clip, compiled=how) for how, clip, model in ways]
+    if not (gpu or dry):
+        compiled = [Job("compiled", f"{2**23} in 16 tensors", compiled="foreach")]
+    short = [job for job in sweeps if job not in long]
+    found = [usual[0], Job("parts", models[0]), *short, *usual[1:near], *compiled[:1]]
     if quick:
         return found
     found += [usual[near], *rare[:few]]

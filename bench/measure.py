@@ -1,23 +1,25 @@
-"""How it is timed: round-robin, by the clock of the device, until enough rounds are made."""
+"""How it is timed: every contender is verified first, and then all step in turns."""
 
 from __future__ import annotations
 
-import re
-import signal
+import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
+from contenders import REFERENCE, Contender, Maker, Task, compiled, contenders, own
+from jobs import DTYPES, METHODS, SHAPES, Job, count, moved_numbers, needed_numbers
+from verify import Setting
 
-LEAST, MOST = 6, 100
-"""Rounds of a comparison; within them as many as its seconds allow."""
+Row = dict[str, Any]
 
+READABLE = 2**25  # parameters that fusedreg's reference path steps in less than a second
+LEAST, MOST = 6, 100  # rounds of a comparison; within them as many as its seconds allow
 MEMORY_INFO = Path("/proc/meminfo")
 
 
@@ -27,13 +29,9 @@ class Machine:
 
     device: torch.device
     deadline: float
-    seconds: float
-    """For the rounds of one comparison, if the least of them take less."""
-    compile_seconds: float = 60.0
-    """No compiler is waited for any longer."""
+    seconds: float  # for the rounds of one comparison, if the least of them take less
     dry: bool = False
-    bandwidth: float = 0.0
-    """Bytes per second, which of_bandwidth is a fraction of."""
+    bandwidth: float = 0.0  # bytes per second, which of_bandwidth is a fraction of
 
     @property
     def on_gpu(self) -> bool:
@@ -47,22 +45,18 @@ class Machine:
             torch.cuda.synchronize()
 
     def free_memory(self) -> int:
-        """Bytes that can be had."""
         if self.on_gpu:
             return torch.cuda.mem_get_info()[0]
-        text = MEMORY_INFO.read_text(encoding="utf-8") if MEMORY_INFO.exists() else ""
-        found = re.search(r"MemAvailable: *(\d+)", text)
-        return 1024 * int(found[1]) if found else 2**33  # where this is not Linux
+        if not MEMORY_INFO.exists():
+            return 2**33  # not Linux
+        return 1024 * int(MEMORY_INFO.read_text().partition("MemAvailable:")[2].split()[0])
 
 
 def milliseconds(call: Callable[[], object], machine: Machine, host: float = 0.0) -> float:
-    """What the call takes of the device.
-
-    A GPU first idles until the host, which needs so many seconds, has queued everything, so that no
-    launch is waited for.
-    """
+    """What the call takes of the device."""
     if not machine.on_gpu:
         return 1e3 * seconds(call)
+    # The GPU idles until the host has queued everything, so that no launch is waited for.
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(int(2e9 * (1e-4 + 1.5 * host)))  # cycles, of at most 2 GHz
     begin.record()
@@ -78,74 +72,53 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-Key = tuple[str, str]
-"""A contender and a part of its step."""
-Times = dict[Key, list[float]]
-"""Milliseconds of each round."""
+def host_seconds(call: Callable[[], object], machine: Machine) -> float:
+    """Median time of the call alone, with nothing queued before it; 0 where nothing is queued."""
+    found = [0.0]
+    for _ in range(7 * machine.on_gpu):
+        machine.wait()
+        found.append(seconds(call))
+    machine.wait()
+    return statistics.median(found[1:] or found)
 
 
 def rounds(
-    timed: Mapping[Key, Callable[[], float]],
+    timed: Mapping[str, Sequence[Callable[[], float]]],
     machine: Machine,
     before: Callable[[], object],
     least: int = LEAST,
     most: int = MOST,
-) -> Times:
-    """Call what gives the milliseconds: A B, B A, so that a drift of the machine meets all.
-
-    As the order turns, and there is an even number of rounds, none always follows the same other
-    one: a step finds what the one before left in the caches, and threads that still wait for more.
-    `before` is called, untimed, before each contender.
-    """
-    times: Times = {key: [] for key in timed}
-    contenders = [list(parts) for _, parts in groupby(timed, key=lambda key: key[0])]
-    begin = time.monotonic()
+) -> dict[str, list[list[float]]]:
+    """The milliseconds that the calls of each give in each round: A B, B A, in an even number of
+    rounds, so that none always follows the same other one. `before` each contender is untimed."""
+    times: dict[str, list[list[float]]] = {name: [] for name in timed}
+    begin, order = time.monotonic(), list(timed)
     for done in range(most):
         spent = time.monotonic() - begin
         late = done >= least and (spent > machine.seconds or machine.left() < 0)
         if (machine.dry and done) or (late and done % 2 == 0):
             break
-        for parts in contenders if done % 2 == 0 else reversed(contenders):
+        for name in order:
             before()
-            for key in parts:
-                times[key].append(timed[key]())
+            times[name].append([call() for call in timed[name]])
+        order.reverse()
     return times
 
 
-def host_seconds(call: Callable[[], object], machine: Machine) -> float:
-    """Median time of the call alone, with nothing queued before it."""
-    found = []
-    for _ in range(7):
-        machine.wait()
-        found.append(seconds(call))
-    machine.wait()
-    return statistics.median(found)
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    """GPU memory that the call takes for itself and gives back."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def bandwidths(machine: Machine) -> dict[str, float]:
-    """GB/s read and written by a copy of a large tensor, and by a product in its place.
-
-    A CPU reads what a copy is to overwrite, which nobody counts, so that there the product, which
-    writes what it has read, as optimizers do, comes nearer to what the memory can do.
-    """
+    """GB/s read and written by a copy of a large tensor, and by a product in its place, which comes
+    nearer to what a CPU can do, because that also reads what a copy overwrites."""
     size = 2**14 if machine.dry else 2**29 if machine.on_gpu else 2**27
     source = torch.randn(size, device=machine.device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    calls = {"copy": lambda: target.copy_(source), "in_place": lambda: source.mul_(1.0)}
-    timed = {(name, ""): partial(milliseconds, call, machine) for name, call in calls.items()}
+    target = source.clone()
+    calls: dict[str, Any] = {
+        "copy": lambda: target.copy_(source),
+        "in_place": lambda: source.mul_(1),
+    }
+    timed = {name: [partial(milliseconds, call, machine)] for name, call in calls.items()}
     times = rounds(timed, machine, before=machine.wait)
     moved = 2e-6 * source.nbytes
-    return {name: moved / statistics.median(ms) for (name, _), ms in times.items()}
+    return {name: moved / statistics.median(map(sum, ms)) for name, ms in times.items()}
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -158,22 +131,127 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
 
 
-@contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """Interrupt the block after so many seconds, None for never."""
-    late = TimeoutError(f"not ready after {seconds or 0:.0f} s")
+def fusedreg_on(machine: Machine) -> Maker:
+    """fusedreg. On a CPU fused=True asks for triton's kernels, which are then interpreted."""
+    return partial(own, fused=True) if machine.dry else own
 
-    def interrupt(*_: object) -> None:
-        raise late
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0 if seconds is None else max(seconds, 0.1))
-    try:
-        yield
-    except Exception as error:
-        if late.__traceback__:  # it was raised, and a compiler may make another one of it
-            raise late from error
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+def participants(job: Job, machine: Machine) -> tuple[dict[str, Maker], dict[str, str]]:
+    """Who takes part in a comparison, and why others do not."""
+    makers, missing = contenders(METHODS[job.method])
+    makers["fusedreg"] = fusedreg_on(machine)
+    if job.compiled:
+        backend = "eager" if machine.dry else "inductor"
+        how = partial(compiled, how=job.compiled, backend=backend)
+        return {"fusedreg": makers["fusedreg"], f"torch.compile {job.compiled}": how}, {}
+    if job.kind == "parts":
+        return {name: makers[name] for name in ("fusedreg", "torch fused", "torch foreach")}, {}
+    # Where it is cheap the readable path is timed too, for what torch lacks and, on a CPU, for one
+    # other method.
+    if count(SHAPES[job.model]) > READABLE:
+        makers.pop(REFERENCE, None)
+    elif (job.method, job.dtype, job.clip, machine.on_gpu) == ("AdamW", "float32", True, False):
+        makers[REFERENCE] = partial(own, fused=False)
+    return makers, missing
+
+
+def affordable(job: Job, machine: Machine) -> int:
+    """How many contenders have their states in the free memory at the same time."""
+    one = count(SHAPES[job.model]) * DTYPES[job.dtype].itemsize
+    # Parameters and gradients, both as they were, and the temporaries of foreach and of clipping;
+    # a tenth is left for what nobody counts.
+    shared = 4 + 2
+    return int((0.9 * machine.free_memory() / one - shared) // METHODS[job.method].states)
+
+
+def timed(calls: Any, contender: Contender, machine: Machine) -> list[Callable[[], float]]:
+    """The milliseconds of each call, for `rounds`."""
+    return [partial(milliseconds, call, machine, contender.host) for call in calls]
+
+
+def prepare(make: Maker, setting: Setting, task: Task, machine: Machine) -> Contender:
+    """A contender with its verdict and, on a GPU, what its step takes of the host."""
+    contender = make(setting.groups, task)
+    contender.verdict = setting.check(contender, task)
+    contender.host = host_seconds(contender.step, machine)
+    return contender
+
+
+def compare(job: Job, makers: dict[str, Maker], machine: Machine) -> list[Row]:
+    """Rows of a comparison: one for each contender and, where parts are timed, each part."""
+    shapes = SHAPES[job.model]
+    setting = Setting(shapes, DTYPES[job.dtype], machine.device, job.scaled)
+    task = setting.task(METHODS[job.method], job.clip)
+    setting.expected(task)  # before others take memory
+    made: dict[str, Contender] = {}
+    head = {**asdict(job), "scaled": job.scaled, "parameters": count(shapes)}
+    head |= {"tensors": len(setting.params), "groups": len(shapes)}
+    del head["compiled"]
+    rows: dict[str, list[Row]] = {}
+    for name, make in makers.items():
+        try:
+            made[name] = prepare(make, setting, task, machine)
+        except Exception as error:  # whatever it is, the others shall be timed
+            failed = {"implementation": name, "part": "all", "matches": False}
+            rows[name] = [{**failed, "verdict": reason(error)}]
+        release(machine)  # when the error, which holds on to its tensors, is gone
+    times = rounds(
+        {
+            name: timed(one.parts.values() if job.kind == "parts" else [one.step], one, machine)
+            for name, one in made.items()
+        },
+        machine,
+        setting.set_grads,
+    )
+    for name in made:
+        rows[name] = rows_of(name, made, times, job, machine)
+    return [{**head, **row} for name in makers for row in rows[name]]
+
+
+def rows_of(name: str, made: dict[str, Contender], times: Any, job: Job, machine: Any) -> list[Row]:
+    """The whole step, and its parts where they were timed."""
+    contender, ours, method = made[name], made.get("fusedreg"), METHODS[job.method]
+    shown = f"{name} ({contender.backend})" if name == "fusedreg" else name
+    moved, size = moved_numbers(method, job.clip, job.scaled, shown), DTYPES[job.dtype].itemsize
+    needed, whole, verdict = size * needed_numbers(method, job.clip), times[name], contender.verdict
+    same = {"implementation": shown, "backend": contender.backend, "rounds": len(whole)}
+    same |= {"matches": verdict.matches, "verdict": str(verdict)}
+    ratios: Any = [None] * 3
+    if verdict.matches and ours and ours.verdict.matches:
+        ratios = spread([sum(a) / sum(b) for a, b in zip(whole, times["fusedreg"], strict=True)])
+    elif verdict.matches:
+        same["verdict"] = "no ratio: fusedreg's results differ or it failed"
+    row = {
+        **same,
+        "part": "all",
+        **in_ms(map(sum, whole)),
+        **dict(zip(("ratio", "ratio_p20", "ratio_p80"), ratios, strict=True)),
+        "error_of_bound": verdict.of_bound,
+        "needed_bytes": needed,
+        "moved_bytes": size * sum(moved.values()) if moved else None,
+        "host_us": 1e6 * contender.host if machine.on_gpu else None,
+        "launches": getattr(contender.optimizer, "launches", None),
+    }
+    row["gb_per_s"] = needed * count(SHAPES[job.model]) / (1e6 * row["ms"])
+    row["of_bandwidth"] = 1e9 * row["gb_per_s"] / machine.bandwidth
+    if job.kind != "parts":
+        return [row]
+    parts = zip(contender.parts, zip(*whole, strict=True), strict=True)
+    of = {part: size * moved[part] if moved else None for part in contender.parts}
+    return [row, *({**same, "part": p, **in_ms(ms), "moved_bytes": of[p]} for p, ms in parts)]
+
+
+def in_ms(times: Any) -> Row:
+    return dict(zip(("ms", "p20", "p80"), spread(list(times)), strict=True))
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def release(machine: Machine) -> None:
+    """Give memory back, also that of what failed."""
+    gc.collect()
+    if machine.on_gpu:
+        torch.cuda.empty_cache()

@@ -1,30 +1,186 @@
-"""Publish the results of a run: `python bench/page.py FOLDER`.
+"""The results of a run as files: bench.json, bench.csv and the tables of bench.txt.
 
-Its files are kept in a folder of bench/results/ that is named after the device. Table and figures
-of docs/benchmark.md then come from that folder and from nothing else.
+`python bench/page.py FOLDER` publishes them. They are kept in a folder of bench/results/ that is
+named after the device, from which alone table and figures of docs/benchmark.md come.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import Any
 
-from report import TARGET_COLUMNS, TARGETS_NOTE, TARGETS_TITLE, Row, bandwidth_of, target_cells
-from run import LATEST
+import torch
+from jobs import DTYPES, METHODS, Job, moved_numbers, needed_numbers
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from fusedreg.machine import describe
+from fusedreg.machine import describe, environment
+
+Report = dict[str, Any]
+Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
+LATEST = ROOT / "bench/results/latest"
 PAGE = ROOT / "docs/benchmark.md"
 FIGURES = ("parts", "bandwidth", "tensors", "bytes")
 BEGIN, END = "<!-- from bench/page.py -->\n", "<!-- until here -->\n"
-CASE = ("model", "method", "dtype", "clip")
+# Columns of the tables.
+SHOWN = {
+    **dict.fromkeys(("ms", "p20", "p80"), ".4g"),
+    **dict.fromkeys(("ratio", "ratio_p20", "ratio_p80"), ".3g"),
+    "of_bandwidth": ".1%",
+    **dict.fromkeys(("rounds", "moved_bytes", "launches"), "d"),
+    "host_us": ".0f",
+}
+RUN = ("copy_gb_per_s", "in_place_gb_per_s", "threads", "commit")
+# Their versions are written down where they are installed.
+LIBRARIES = (
+    *("optimi", "torch-optimi", "bitsandbytes", "torchao", "timm"),
+    *("lion-pytorch", "pytorch-optimizer", "apex"),
+)
+TARGETS_TITLE = "Targets of the path for CPUs, float32"
+TARGETS_NOTE = (
+    "Milliseconds of the first and the second arm, medians; the ratio is that of the pairs, median "
+    "(p20 to p80). Clipped: torch by clip_grad_norm_ before its step. First step: seconds more. "
+    "Differs: torch's results are off by more than roundings explain, which bench.json has."
+)
+TARGET_COLUMNS = ("what", "shapes", "arms", "ms", "ratio", "pairs", "target", "")
+
+
+def new_report(commit: str | None, bandwidths: dict[str, float]) -> Report:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    if not commit and (ROOT / ".git").exists():  # not a copy without history
+        commit = subprocess.check_output([*command, "--exclude=*"], text=True).strip()
+    return {
+        **environment("triton", *LIBRARIES),
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        **{f"{name}_gb_per_s": value for name, value in bandwidths.items()},
+        "traffic": list(map(traffic, product(METHODS, DTYPES, (False, True)))),
+        **{name: [] for name in ("targets", "rows", "left_out")},
+        "not_installed": {},
+    }
+
+
+def traffic(case: tuple[str, str, bool]) -> Row:
+    """Bytes per parameter by arithmetic, for the figure of them."""
+    (name, dtype, scaled), method = case, METHODS[case[0]]
+    size, row = DTYPES[dtype].itemsize, {"method": name, "dtype": dtype, "scaled": scaled}
+    row["needed_bytes"] = size * needed_numbers(method, clip=True)
+    for who in ("fusedreg kernels", "torch fused", "torch foreach"):
+        if moved := moved_numbers(method, True, scaled, who):
+            row[who] = {part: size * n for part, n in moved.items()}
+    return row
+
+
+def write(report: Report, out: Path) -> None:
+    (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / "bench.csv").write_text(as_csv(report), encoding="utf-8")
+    (out / "bench.txt").write_text(as_text(report), encoding="utf-8")
+
+
+def as_csv(report: Report) -> str:
+    """Every row with the machine, the versions and the commit that it belongs to."""
+    same = {**report["machine"], **{name: report[name] for name in RUN}, **report["versions"]}
+    text = io.StringIO()
+    names = dict.fromkeys(chain(*report["rows"], same))
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **same} for row in report["rows"])
+    return text.getvalue()
+
+
+def as_text(report: Report) -> str:
+    parts: list[str | Table] = [
+        describe(report),
+        f"commit {report['commit']} · {report['threads']} threads · {bandwidth_of(report)}",
+        "ratio: time over fusedreg's in the same round; "
+        "of bandwidth: needed bytes over time, of the larger of the two bandwidths",
+    ]
+    if report["targets"]:
+        more = {"caption": TARGETS_NOTE, "caption_justify": "left"}
+        rows = map(target_cells, report["targets"])
+        parts += ["", table(TARGETS_TITLE, TARGET_COLUMNS, rows, TARGET_COLUMNS[:-1], **more)]
+    for title, of in groupby(report["rows"], key=title_of):
+        parts += ["", table_of(title, list(of))]
+    why = [f"{name}: {reason}" for name, reason in report["not_installed"].items()]
+    for title, lines in (("Left out:", report["left_out"]), ("Not here:", why)):
+        if lines:
+            parts += ["", title, *(f"  {line}" for line in lines)]
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    for part in parts:
+        plain: Any = {"markup": False, "soft_wrap": True} if isinstance(part, str) else {}
+        console.print(part, highlight=False, **plain)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def bandwidth_of(report: Report) -> str:
+    copy, product = report["copy_gb_per_s"], report["in_place_gb_per_s"]
+    return f"a large copy {copy:.1f} GB/s, a product in place {product:.1f} GB/s, read plus written"
+
+
+def table(
+    title: str, headings: Iterable[str], rows: Iterable[list[str]], fixed: Any, **more: Any
+) -> Table:
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, **more)
+    for heading in headings:
+        made.add_column(heading, no_wrap=heading in fixed)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def title_of(row: Row) -> str:
+    job = Job(*(row[name] for name in ("kind", "model", "method", "dtype", "clip")))
+    tensors, groups = (
+        f"{row[of]} {of[:-1] if row[of] == 1 else of}" for of in ("tensors", "groups")
+    )
+    return f"{job} ({job.kind}): {row['parameters']:,} parameters in {tensors} and {groups}"
+
+
+def table_of(title: str, rows: list[Row]) -> Table:
+    """A line for each contender of a comparison, and each part."""
+    shown = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
+    lines = []
+    for row in rows:
+        values = [(row.get(name), SHOWN[name]) for name in shown]
+        cells = ["-" if value is None else format(value, how) for value, how in values]
+        whole = row["part"] == "all"
+        name = row["implementation"] if whole else f"  {row['part']}"
+        lines.append([name, *cells, row["verdict"] if whole else ""])
+    made = table(title, ["", *(name.replace("_", " ") for name in shown), ""], lines, ())
+    for column in made.columns[1:-1]:
+        column.justify = "right"
+    return made
+
+
+def target_cells(row: Row) -> list[str]:
+    """A line of the table of targets, here and on the page.
+
+    >>> row = {"what": "AdamW", "model": "tiny", "arms": ["torch", "fusedreg"], "unit": "",
+    ...     "ms": [3.0, 2.0], "value": 1.5, "p20": 1.25, "p80": 1.75, "rounds": 6,
+    ...     "target": "at least 2", "met": False, "verdict": "missed"}
+    >>> target_cells(row)[2:]
+    ['torch / fusedreg', '3 / 2', '1.5 (1.25 to 1.75)', '6', 'at least 2', 'missed']
+    """
+    sign = " - " if row["unit"] else " / "
+    found = ["-"] * 3
+    if row["value"] is not None:
+        ratio = f"{row['value']:.4g}{row['unit']} ({row['p20']:.4g} to {row['p80']:.4g})"
+        found = [sign.join(f"{ms:.4g}" for ms in row["ms"]), ratio, str(row["rounds"])]
+    # By how much torch's own results differ is in the file.
+    verdict = re.sub(r"; (torch \w+): results differ.*", r"; \1 differs", row["verdict"])
+    return [row["what"], row["model"], sign.join(row["arms"]), *found, row["target"], verdict]
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -33,23 +189,10 @@ def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(lines)
 
 
-def table(rows: list[Row]) -> str:
-    """One line for each comparison, one column for each implementation."""
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    lines = []
-    for case, of in groupby(rows, key=lambda row: [row[name] for name in CASE]):
-        by_name = {row["implementation"]: row for row in of}
-        head = f"{', '.join(case[:3])}{', clipped' * case[3]}"
-        lines.append([head, *(cell(by_name.get(name)) for name in names)])
-    return markdown(["", *names], lines)
-
-
 def cell(row: Row | None) -> str:
     """Milliseconds and, where the results are right, the ratio."""
-    if row is None:
-        return ""
-    if row.get("ms") is None:
-        return str(row["verdict"])
+    if row is None or row.get("ms") is None:
+        return row["verdict"] if row else ""
     ms = f"{row['ms']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})"
     if row["ratio"] is None:
         return f"{ms}, results differ"
@@ -58,36 +201,32 @@ def cell(row: Row | None) -> str:
     return f"{ms}, {row['ratio']:.2g} ({row['ratio_p20']:.2g} to {row['ratio_p80']:.2g})"
 
 
-def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "bench.json").read_text(encoding="utf-8"))
-
-
 def results(folder: Path) -> str:
-    """What stands between the marks of the page."""
-    report = read(folder)
+    """What stands between the marks of the page: a line for each comparison of a model."""
+    report = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    rows = [row for row in report["rows"] if row["kind"] == "model"]
+    names, lines = list(dict.fromkeys(row["implementation"] for row in rows)), []
+    case = ("model", "method", "dtype", "clip")
+    for (*head, clip), of in groupby(rows, key=lambda row: [row[name] for name in case]):
+        by_name = {row["implementation"]: row for row in of}
+        title = f"{', '.join(head)}{', clipped' * clip}"
+        lines.append([title, *(cell(by_name.get(name)) for name in names)])
     targets = markdown(TARGET_COLUMNS, map(target_cells, report["targets"]))
+    targets = f"\n\n**{TARGETS_TITLE}.** {TARGETS_NOTE}\n\n{targets}\n\n"
     return (
         f"From `bench/results/{folder.name}/bench.json`: {describe(report)}; "
         f"commit {report['commit']}, {report['threads']} threads; {bandwidth_of(report)}."
-        + (
-            f"\n\n**{TARGETS_TITLE}.** {TARGETS_NOTE}\n\n{targets}\n\n"
-            if report["targets"]
-            else " "
-        )
-        + "Milliseconds of a step, median (p20 to p80), then the time over fusedreg's in the same "
-        "round: below 1 is faster than fusedreg.\n\n"
-        + table([row for row in report["rows"] if row["kind"] == "model"])
-        + "\n"
+        f"{targets if report['targets'] else ' '}"
+        "Milliseconds of a step, median (p20 to p80), then the time over fusedreg's in the same "
+        f"round: below 1 is faster than fusedreg.\n\n{markdown(['', *names], lines)}\n"
     )
 
 
 def slug(machine: dict[str, Any]) -> str:
     """A folder name for the device.
 
-    >>> slug({"cpu": "AMD EPYC", "cores": 2})
-    'amd-epyc-2-cores-cpu'
-    >>> slug({"cpu": "AMD EPYC", "cores": 16, "gpu": "NVIDIA H100 80GB HBM3"})
-    'nvidia-h100-80gb-hbm3'
+    >>> slug({"cpu": "AMD EPYC", "cores": 2}), slug({"cores": 2, "gpu": "NVIDIA H100 80GB HBM3"})
+    ('amd-epyc-2-cores-cpu', 'nvidia-h100-80gb-hbm3')
     """
     cpu = machine.get("cpu") or machine.get("architecture")
     name = machine.get("gpu") or f"{cpu} {machine['cores']} cores cpu"
@@ -98,7 +237,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=LATEST, help="of the run")
     folder = parser.parse_args().folder.resolve()
-    kept = LATEST.parent / slug(read(folder)["machine"])
+    machine = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["machine"]
+    kept = LATEST.parent / slug(machine)
     if kept != folder:
         shutil.copytree(folder, kept, dirs_exist_ok=True)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

@@ -12,8 +12,7 @@ from itertools import product
 import pytest
 import torch
 from contenders import OTHERS, REFERENCE, TORCH, contenders
-from jobs import SMALL
-from methods import DTYPES, METHODS
+from jobs import DTYPES, METHODS, SMALL
 from verify import Setting
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,9 +42,8 @@ def test_step(benchmark, request, model, method, dtype, clip, implementation) ->
     if not verdict.matches:
         assert implementation != "fusedreg", verdict
         pytest.skip(str(verdict))
-    backend = getattr(contender.optimizer, "backend", None)
     benchmark.group = request.node.callspec.id.removesuffix(f"-{implementation}")
-    benchmark.extra_info |= {"backend": backend, "tensors": len(setting.params)}
+    benchmark.extra_info |= {"backend": contender.backend, "tensors": len(setting.params)}
 
     def step() -> None:
         contender.step()

@@ -104,7 +104,7 @@ def draw_path(axes: Axes, data: Data, path: Path, exact: Path) -> None:
     """Coefficients over l1: `path` as lines, `exact` as dots, names at the right end."""
     ends = path.coefficients[-1].tolist()
     gap = 0.045 * float(exact.coefficients.max() - exact.coefficients.min())
-    heights = sharding(ends, gap)
+    heights = spread(ends, gap)
     for i, name in enumerate(data.names):
         line, dots = path.coefficients[:, i].tolist(), exact.coefficients[:, i].tolist()
         axes.plot(path.l1, line, color=COLOURS[i], linewidth=3, alpha=0.45)
@@ -124,10 +124,10 @@ def draw_path(axes: Axes, data: Data, path: Path, exact: Path) -> None:
     axes.set_ylabel("coefficient, standardised data")
 
 
-def sharding(values: Sequence[float], gap: float) -> list[float]:
+def spread(values: Sequence[float], gap: float) -> list[float]:
     """Positions close to `values`, in their order, and at least `gap` apart: for labels.
 
-    >>> sharding([0.0, 5.0, 0.5], 1.0)
+    >>> spread([0.0, 5.0, 0.5], 1.0)
     [-0.25, 5.0, 0.75]
     """
     order = np.argsort(values)

@@ -11,7 +11,7 @@ from fusedreg.checks import check_number
 from fusedreg.options import Option
 from fusedreg.penalties.base import Penalty, Term
 from fusedreg.penalty import value
-from fusedreg.scalars import Number, is_zero, on_host
+from fusedreg.scalars import Number, is_on_device, is_zero, on_host
 from fusedreg.types import ParamGroup, Settings
 
 
@@ -59,8 +59,7 @@ class L2(Penalty):
         if is_zero(group["weight_decay"]):
             return
         if group["decoupled_weight_decay"]:
-            decay_lr = group["decay_lr"] if group["lr_independent_decay"] else 1.0
-            yield Term("decay", "l2_decay", (group["weight_decay"], decay_lr))
+            yield _decay(group["weight_decay"], group["decay_lr"], group["lr_independent_decay"])
         else:
             yield Term("gradient", "l2_gradient", (group["weight_decay"],))
 
@@ -89,3 +88,12 @@ class L2(Penalty):
         """The gradient `weight_decay * w`."""
         gradient: Tensor = settings["weight_decay"] * w
         return gradient, gradient
+
+
+def _decay(weight_decay: Number, decay_lr: Number, lr_independent: bool) -> Term:
+    """The hook of the decoupled decay. On a GPU a division takes long, so the host divides."""
+    if not lr_independent:
+        return Term("decay", "l2_decay", (weight_decay,))
+    if is_on_device(weight_decay) or is_on_device(decay_lr):
+        return Term("decay", "l2_decay_over_lr", (weight_decay, decay_lr))
+    return Term("decay", "l2_decay", (float(weight_decay) / float(decay_lr),))

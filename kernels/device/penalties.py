@@ -36,7 +36,13 @@ def l2_gradient(g, w, numbers):
 
 @triton.jit
 def l2_decay(w, direction, numbers):
-    """weight_decay / decay_lr."""
+    """weight_decay, which the host has divided by decay_lr where lr shall not matter."""
+    return numbers[0]
+
+
+@triton.jit
+def l2_decay_over_lr(w, direction, numbers):
+    """weight_decay / decay_lr, where one of the two is on the device."""
     return tl.where(numbers[0] == 0.0, 0.0, numbers[0] / numbers[1])
 
 

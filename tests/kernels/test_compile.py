@@ -233,7 +233,7 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
         "adam-none", "step", "rules", "return direction, gain, (m, v)\n", "return m, gain, (m, v)\n"
     ),
     "called by a rule": (
-        "adam-none", "step", "rules", "(base + tl.where", "(base - tl.where"
+        "adam-none", "step", "rules", "+ where(weight < 0.5, weight,", "- where(weight < 0.5, weight,"
     ),
     "called by what a rule calls": (
         "adam-none", "step", "rules", "tl.div_rn(a, b)", "tl.div_rn(b, a)"
@@ -246,7 +246,7 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
         "adam-decay", "step", "penalties", "0.0, g, g + weight_decay * w)", "0.0, g, g - w)"
     ),
     "decoupled": (
-        "adamw-decay", "step", "penalties", "numbers[0] / numbers[1])", "numbers[0])"
+        "adamw-decay", "step", "penalties", "return numbers[0]\n", "return 2.0 * numbers[0]\n"
     ),
     "order of a step": (
         "adamw-decay", "step", "step", "1.0, w, w * keep)", "1.0, w, w + keep)"

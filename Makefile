@@ -15,7 +15,7 @@ check: $(READY)  ## whether every optimizer is right on this machine, and which 
 demo: $(READY)  ## train on real data, compare with scikit-learn and torch.optim, draw the figures
 	$(BIN)/fusedreg demo
 
-test: $(READY)  ## what every change runs, in at most 5 minutes, with branch coverage
+test: $(READY)  ## what every change runs, with branch coverage
 	$(BIN)/pytest -n 2 --benchmark-disable -m "not slow" --cov
 
 test-all: $(READY)  ## every test, or those of TESTS='-m slow'

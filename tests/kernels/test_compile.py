@@ -233,7 +233,8 @@ EDITS = {  # what is edited: case, kernels that change, file, old and new text
         "adam-none", "step", "rules", "return direction, gain, (m, v)\n", "return m, gain, (m, v)\n"
     ),
     "called by a rule": (
-        "adam-none", "step", "rules", "+ where(weight < 0.5, weight,", "- where(weight < 0.5, weight,"
+        "adam-none", "step", "rules",
+        "+ where(weight < 0.5, weight,", "- where(weight < 0.5, weight,",
     ),
     "called by what a rule calls": (
         "adam-none", "step", "rules", "tl.div_rn(a, b)", "tl.div_rn(b, a)"

@@ -82,6 +82,18 @@ class UpdateRule:
             )
 
     @classmethod
+    def __subclasses__(cls) -> list[type]:
+        """Those below this class that no class of torch.optim has below it too.
+
+        Registries walk down from torch.optim.Optimizer and would meet them twice.
+        """
+        return [
+            below
+            for below in type.__subclasses__(cls)
+            if not any(base.__module__.startswith("torch.optim.") for base in below.__bases__)
+        ]
+
+    @classmethod
     def _declare_options(cls) -> None:
         """Gather all options, also those of penalties; show them in the constructor's signature."""
         sets = (*cls.option_sets, *(penalty.options for penalty in cls.penalties))

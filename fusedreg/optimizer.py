@@ -92,18 +92,6 @@ class FusedOptimizer(UpdateRule, Optimizer):
                 type(self).__name__, shardings, self._own.splitter, self.process_group
             )
 
-    @classmethod
-    def __subclasses__(cls) -> list[type]:
-        """Those below this class that no class of torch.optim has below it too.
-
-        Registries walk down from torch.optim.Optimizer and would meet them twice.
-        """
-        return [
-            below
-            for below in type.__subclasses__(cls)
-            if not any(base.__module__.startswith("torch.optim.") for base in below.__bases__)
-        ]
-
     # ---- what belongs to the optimizer ---------------------------------------------------------
 
     @property

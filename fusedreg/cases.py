@@ -151,6 +151,36 @@ FORMULAS: dict[type[FusedOptimizer], Formula] = {
     fusedreg.LAMB: adam,  # and the trust ratio, which is the step's
 }
 
+# ---- the penalties, in float64 -------------------------------------------------------------------
+
+
+def penalised(w: Tensor, g: Tensor, options: ParamGroup) -> tuple[Tensor, float]:
+    """The gradient with that of the coupled penalties, and the weight of the decoupled decay."""
+    decay = options["weight_decay"]
+    if options["l1_mode"] == "subgradient":
+        g = g + options["l1"] * torch.sign(w)
+    if options["decoupled_weight_decay"]:
+        return g, decay
+    return g + decay * w, 0.0
+
+
+def proximal(w: Tensor, lr: float, per_unit: Value, options: ParamGroup) -> Tensor:
+    """The weights after the proximal step; `per_unit` is the second number of a `Moved`."""
+    l1, mode = options["l1"], options["l1_mode"]
+    if mode == "prox" and l1:
+        w = shrink(w, lr * l1 * per_unit)
+    if mode == "decoupled":
+        w = shrink(w, lr * l1)
+    return w
+
+
+def shrink(x: Tensor, threshold: Value) -> Tensor:
+    """argmin over z of threshold |z| + (z - x)^2 / 2, case by case."""
+    return torch.where(
+        x > threshold, x - threshold, torch.where(x < -threshold, x + threshold, 0.0)
+    )
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 # Rates are large so that a misplaced factor shows in one step (lr * weight_decay is about 0.1).

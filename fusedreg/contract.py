@@ -25,16 +25,16 @@ from fusedreg.options import (
     declarations,
     nearest,
 )
-from fusedreg.penalties import L1, L2, L1Options, L2Options, Penalty
+from fusedreg.penalties import PENALTIES, Penalty, PenaltyOptions
 from fusedreg.scalars import Count, Number
 from fusedreg.types import ParamGroup, Settings, State, Update
 
 
-class Options(L2Options, L1Options, StepOptions, total=False):
+class Options(PenaltyOptions, StepOptions, total=False):
     """Options that every class here has and no class of torch.optim."""
 
 
-class AllOptions(TorchOptions, StepOptions, L1Options, L2Options, total=False):
+class AllOptions(TorchOptions, StepOptions, PenaltyOptions, total=False):
     """All options that every class here has."""
 
 
@@ -61,7 +61,7 @@ class UpdateRule:
     """All of `option_sets` and of `penalties`, by name."""
     own_options: frozenset[str] = frozenset()
     """Options that belong to the optimizer, so that no group may have them."""
-    penalties: tuple[Penalty, ...] = (L1(), L2())
+    penalties: tuple[Penalty, ...] = PENALTIES
     """What a step adds to the rule, in this order at each stage; see penalties/base.py."""
     layerwise: bool = False
     """Whether lr is multiplied by the trust ratio of each tensor, ||w|| / ||update||."""
@@ -189,11 +189,12 @@ class UpdateRule:
             lr * gain * l1, whose fixed point minimises loss + l1 * |w|. And the states that have
             changed, by name.
         """
+        # Only the reference path asks for it: a device rule alone is enough for kernels.
         raise NotImplementedError(f"{type(self).__name__} defines no update")
 
     def validate(self, group: ParamGroup, read_device: bool = False) -> None:
         """Raise if an option is out of range; make numbers and pairs plain ones."""
-        raise NotImplementedError
+        raise NotImplementedError  # FusedOptimizer does it: it knows what was warned of before
 
 
 UpdateRule._declare_options()

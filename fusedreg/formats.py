@@ -9,6 +9,7 @@ NAME are called NAME plus a suffix each; a checkpoint holds the state itself, as
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from fusedreg.kernels.contract import Codec
 from fusedreg.scalars import Number, is_zero
 
 
-class Format:
+class Format(ABC):
     """Base class of formats whose planes have the shape of the parameter."""
 
     suffixes: tuple[str, ...] = ("",)
@@ -29,25 +30,25 @@ class Format:
         """The device functions; None leaves parameters with such states to the reference path."""
         return None
 
+    @abstractmethod
     def create(self, param: Tensor, value: Number) -> Sequence[Tensor]:
         """The planes of a state whose entries are all `value`."""
-        raise NotImplementedError(f"{type(self).__name__} defines no create")
 
+    @abstractmethod
     def load(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The state in the dtype of the arithmetic. Complex planes are pairs of reals here."""
-        raise NotImplementedError(f"{type(self).__name__} defines no load")
 
+    @abstractmethod
     def store(self, value: Tensor, planes: Sequence[Tensor]) -> Sequence[Tensor]:
         """What each plane has to hold for the state to be `value`. It writes into none of them."""
-        raise NotImplementedError(f"{type(self).__name__} defines no store")
 
+    @abstractmethod
     def to_checkpoint(self, planes: Sequence[Tensor]) -> Tensor:
         """What a checkpoint holds: a tensor of numbers that torch.optim loads too."""
-        raise NotImplementedError(f"{type(self).__name__} defines no to_checkpoint")
 
+    @abstractmethod
     def from_checkpoint(self, value: Tensor) -> Sequence[Tensor]:
         """The planes, of what a checkpoint held."""
-        raise NotImplementedError(f"{type(self).__name__} defines no from_checkpoint")
 
 
 class Plain(Format):

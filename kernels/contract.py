@@ -120,6 +120,25 @@ FIRST_NUMBER = len(GROUP)
 """Where in a line the numbers of penalties begin."""
 
 
+class Arrays(NamedTuple):
+    """What the launches of one bucket read and write, on its device."""
+
+    table: Table
+    grads: Tensor
+    """int64, (tensors,), addresses of the gradients, 0 where there is none."""
+    numbers: Tensor
+    """float64, the header and a line for each param group; see layout.py."""
+    rows: Tensor
+    """float64, (tensors, program.row), written by `rows`."""
+    partials: Tensor
+    """float64, (chunks, 2), written by `squares`: sums of squares of parameters and updates."""
+    squares: Tensor
+    """float64, (tensors, 2), written by `squares`: the same of each tensor; summed over ranks.
+
+    Empty like `partials` unless the rule is layerwise.
+    """
+
+
 class Backend(Protocol):
     """A compiler and the device that its kernels run on."""
 
@@ -161,7 +180,7 @@ class Backend(Protocol):
         Args:
             program: what is compiled.
             table: the tensors, with at least one chunk.
-            grads: int64, (tensors,), addresses of their gradients, 0 where there is none.
+            grads: as in `Arrays`.
             partials: float64, written from index `first` on, one entry for each chunk.
             first: where the chunks of this table begin.
         """
@@ -169,10 +188,7 @@ class Backend(Protocol):
     def rows(
         self,
         program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        out: Tensor,
+        arrays: Arrays,
         *,
         partials: Tensor | None = None,
         grad_scale: Tensor | None = None,
@@ -183,51 +199,21 @@ class Backend(Protocol):
         """Writes the row of every tensor, with its new counts, which `step` stores.
 
         Args:
-            program, table, grads: as for `norms`.
-            numbers: float64, the header and a line for each group; see layout.py.
-            out: float64, (tensors, program.row), written.
-            partials: norms of all chunks of this device, also of other tables; None: no norm.
+            program: what is compiled.
+            arrays: what is read and written.
+            partials: norms of all chunks of this device, of other tables too; None: no norm.
             grad_scale, found_inf: one-element tensors on this device, or None.
             grad_norm, skipped: 0-dim float32 and int64, written where given.
         """
 
-    def squares(
-        self,
-        program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        rows: Tensor,
-        partials: Tensor,
-        out: Tensor,
-        *,
-        scaled: bool,
-    ) -> list[Call]:
-        """Writes the sums of squares of every tensor and of its update; changes nothing else.
+    def squares(self, program: Program, arrays: Arrays, *, scaled: bool) -> list[Call]:
+        """Writes the sums of squares of every tensor and of its update; changes nothing else."""
 
-        Args:
-            program, table, grads, numbers, rows, scaled: as for `step`.
-            partials: float64, (chunks, 2), written.
-            out: float64, (tensors, 2), written; 0 where there is no gradient.
-        """
-
-    def step(
-        self,
-        program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        rows: Tensor,
-        squares: Tensor | None,
-        *,
-        scaled: bool,
-    ) -> Call:
+    def step(self, program: Program, arrays: Arrays, *, scaled: bool) -> Call:
         """Steps every tensor that has a gradient, and its counts with it.
 
         Args:
-            program, table, grads, numbers: as for `rows`.
-            rows: what the function of that name wrote.
-            squares: what the function of that name wrote, for a layerwise rule, summed over ranks;
-                None for any other.
+            program: what is compiled.
+            arrays: what is read and written; `rows` and `squares` have been.
             scaled: whether clipping or a loss scale may have changed the scale from 1 or -1.
         """

@@ -1,6 +1,6 @@
 """A whole step in float64, from the papers, sharing no code with the package.
 
-The formula of each class is in `fusedreg.cases`; this is the step around it. Sources:
+The formulas of classes and penalties are in `fusedreg.cases`; this is the step around it. Sources:
 Loshchilov and Hutter (2019), algorithm 2, with torch's lr * weight_decay; Yun, Lozano and Yang,
 ProxGen (2021) for the threshold; You et al. (2020), algorithm 2, for the trust ratio.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedreg.cases import FORMULAS, Case, History, Value
+from fusedreg.cases import FORMULAS, Case, History, penalised, proximal
 
 
 @dataclass
@@ -55,13 +55,6 @@ def _copy(x: Tensor) -> Tensor:
     return x.detach().to("cpu", torch.float64, copy=True)
 
 
-def shrink(x: Tensor, threshold: Value) -> Tensor:
-    """argmin over z of threshold |z| + (z - x)^2 / 2, case by case."""
-    return torch.where(
-        x > threshold, x - threshold, torch.where(x < -threshold, x + threshold, 0.0)
-    )
-
-
 def clip(grads: list[Tensor], max_norm: float | None) -> list[Tensor]:
     """All gradients times min(1, max_norm / (norm + 1e-6)) with one norm over all of them."""
     if max_norm is None:
@@ -73,25 +66,12 @@ def clip(grads: list[Tensor], max_norm: float | None) -> list[Tensor]:
 def one_step(slot: Slot, g: Tensor, case: Case, **changed: Any) -> None:
     """One step of a case on one parameter, with other options where they are given."""
     options = {**case.options, **changed}
-    lr, decay, l1, mode = (options[n] for n in ("lr", "weight_decay", "l1", "l1_mode"))
-    decoupled = options["decoupled_weight_decay"]
-    w = slot.w
-    if options["maximize"]:
-        g = -g
-    if mode == "subgradient":
-        g = g + l1 * torch.sign(w)
-    if not decoupled:
-        g = g + decay * w
-        decay = 0.0
+    lr, w = options["lr"], slot.w
+    g, decay = penalised(w, -g if options["maximize"] else g, options)
     formula = next(FORMULAS[cls] for cls in case.cls.__mro__ if cls in FORMULAS)
     move, per_unit = formula(slot.history, g, options)
     update = move + decay * w
     if case.cls.layerwise:
         lengths = float(torch.linalg.norm(w)), float(torch.linalg.norm(update))
         lr = lr * (lengths[0] / lengths[1] if all(lengths) else 1.0)
-    w = w - lr * update
-    if mode == "prox" and l1:
-        w = shrink(w, lr * l1 * per_unit)
-    if mode == "decoupled":
-        w = shrink(w, lr * l1)
-    slot.w = w
+    slot.w = proximal(w - lr * update, lr, per_unit, options)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fusedreg.dist import Sharding, sharding_of
 from fusedreg.engine.watch import Watcher
-from fusedreg.kernels.contract import Backend, Call, Program
+from fusedreg.kernels.contract import Arrays, Backend, Call, Program
 from fusedreg.kernels.layout import HEADER
 from fusedreg.kernels.table import Table
 
 LocalStates = Sequence[Mapping[str, Tensor]]
-"""The local states of each parameter of an watcher."""
+"""The local states of each parameter of a watcher."""
 
 
 class Key(NamedTuple):
@@ -44,15 +44,18 @@ class Bucket:
     first_tensor: int
     """Where its tensors begin among the gradient addresses of the device."""
     partials: Tensor
-    """For a layerwise rule: sums of squares of each chunk, of the parameter and of its update."""
-    squares: Tensor | None
-    """The same of each tensor; None for any other rule."""
+    """As in `Arrays`, like `squares`."""
+    squares: Tensor
     slots: list[list[int]]
     """Where each address of its table is among those of the watcher."""
 
     def grads_in(self, grads: Tensor) -> Tensor:
         """The addresses of its gradients among those of the device."""
         return grads[self.first_tensor : self.first_tensor + len(self.positions)]
+
+    def arrays(self, grads: Tensor, numbers: Tensor) -> Arrays:
+        """What its launches read and write."""
+        return Arrays(self.table, grads, numbers, self.rows, self.partials, self.squares)
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Memory:
 
 
 def layout(watcher: Watcher, states: LocalStates) -> dict[torch.device, Memory]:
-    """Sort the tensors of an watcher into buckets and write their tables."""
+    """Sort the tensors of a watcher into buckets and write their tables."""
     keys: dict[torch.device, dict[Key, list[int]]] = {}
     for position, param in enumerate(watcher.chosen):
         key = Key(
@@ -125,17 +128,7 @@ def _memory(watcher: Watcher, device: torch.device, keys: Mapping[Key, list[int]
             for count in ((table.chunks, len(positions)) if program.layerwise else (0, 0))
         )
         buckets.append(
-            Bucket(
-                key,
-                positions,
-                table,
-                rows,
-                chunks,
-                tensors,
-                partials,
-                squares if program.layerwise else None,
-                slots,
-            )
+            Bucket(key, positions, table, rows, chunks, tensors, partials, squares, slots)
         )
         chunks += table.chunks
         # An even number, because triton compiles for the alignment of where the next one begins.

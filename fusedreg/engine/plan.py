@@ -315,10 +315,7 @@ class Plan:
         return [
             bucket.key.backend.rows(
                 bucket.key.program,
-                bucket.table,
-                addresses,
-                numbers,
-                bucket.rows,
+                bucket.arrays(addresses, numbers),
                 grad_norm=grad_norm if bucket is memory.buckets[0] else None,
                 skipped=skipped if bucket is memory.buckets[0] else None,
                 **more,
@@ -333,16 +330,8 @@ class Plan:
         return [
             call
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
-            if bucket.squares is not None
             for call in bucket.key.backend.squares(
-                bucket.key.program,
-                bucket.table,
-                addresses,
-                numbers,
-                bucket.rows,
-                bucket.partials,
-                bucket.squares,
-                scaled=scaled,
+                bucket.key.program, bucket.arrays(addresses, numbers), scaled=scaled
             )
         ]
 
@@ -352,13 +341,7 @@ class Plan:
         """What moves parameters, states and counts."""
         return [
             bucket.key.backend.step(
-                bucket.key.program,
-                bucket.table,
-                addresses,
-                numbers,
-                bucket.rows,
-                bucket.squares,
-                scaled=scaled,
+                bucket.key.program, bucket.arrays(addresses, numbers), scaled=scaled
             )
             for bucket, addresses in zip(memory.buckets, grads, strict=True)
         ]
@@ -369,7 +352,6 @@ class Plan:
             self.watcher.stepped[position]: squares
             for memory in self.memory.values()
             for bucket in memory.buckets
-            if bucket.squares is not None
             for position, squares in zip(bucket.positions, bucket.squares, strict=True)
         }
 

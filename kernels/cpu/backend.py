@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedreg.kernels import table as tables
-from fusedreg.kernels.contract import Call, DeviceFunction, Program, Rule
+from fusedreg.kernels.contract import Arrays, Call, DeviceFunction, Program, Rule
 from fusedreg.kernels.cpu.compiler import Loop
 from fusedreg.kernels.cpu.loops import (
     CHUNK,
@@ -137,13 +137,13 @@ class LLVM:
 
     def rule(self, rule: Rule | str, *, states: int, counts: int, options: int) -> Rule:
         """The device functions of a rule, checked."""
-        found = rules.named(rule)
+        found = rules.resolve(rule)
         check(found, states, counts, options)
         return found
 
     def hook(self, function: DeviceFunction | str) -> DeviceFunction:
         """The device function of a penalty."""
-        return penalties.named(function)
+        return penalties.resolve(function)
 
     def build(
         self,
@@ -173,10 +173,7 @@ class LLVM:
     def rows(
         self,
         program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        out: Tensor,
+        arrays: Arrays,
         *,
         partials: Tensor | None = None,
         grad_scale: Tensor | None = None,
@@ -188,76 +185,49 @@ class LLVM:
         assert (grad_scale, found_inf) == (None, None), "the host reads them, so `numbers` has them"
         return on_caller(
             rows_loop(program, partials is not None),
-            table.tensors,
-            table.addresses,
-            grads,
-            table.groups,
-            numbers,
-            out,
+            arrays.table.tensors,
+            arrays.table.addresses,
+            arrays.grads,
+            arrays.table.groups,
+            arrays.numbers,
+            arrays.rows,
             partials,
             0 if partials is None else partials.numel(),
             grad_norm,
             skipped,
         )
 
-    def squares(
-        self,
-        program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        rows: Tensor,
-        partials: Tensor,
-        out: Tensor,
-        *,
-        scaled: bool,
-    ) -> list[Call]:
+    def squares(self, program: Program, arrays: Arrays, *, scaled: bool) -> list[Call]:
         """Writes the sums of squares of every tensor and of its update; changes nothing else."""
-        of_chunks = on_threads(
-            squares_loop(program, scaled),
-            table,
-            table.addresses,
-            grads,
-            table.numels,
-            table.groups,
-            table.first_chunks,
-            table.owners,
-            numbers,
-            rows,
-            partials,
-            table.tensors,
-        )
+        table, partials = arrays.table, arrays.partials
+        of_chunks = _walk(squares_loop(program, scaled), arrays, partials)
         of_tensors = on_caller(
-            fold_loop(), table.tensors, table.chunks, partials, table.first_chunks, out
+            fold_loop(), table.tensors, table.chunks, partials, table.first_chunks, arrays.squares
         )
         return [of_chunks, of_tensors]
 
-    def step(
-        self,
-        program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        rows: Tensor,
-        squares: Tensor | None,
-        *,
-        scaled: bool,
-    ) -> Call:
+    def step(self, program: Program, arrays: Arrays, *, scaled: bool) -> Call:
         """Steps every tensor that has a gradient, and its counts with it."""
-        return on_threads(
-            step_loop(program, scaled),
-            table,
-            table.addresses,
-            grads,
-            table.numels,
-            table.groups,
-            table.first_chunks,
-            table.owners,
-            numbers,
-            rows,
-            squares,
-            table.tensors,
-        )
+        return _walk(step_loop(program, scaled), arrays, arrays.squares)
+
+
+def _walk(loop: Loop, arrays: Arrays, sums: Tensor) -> Call:
+    """A loop over all chunks."""
+    table = arrays.table
+    return on_threads(
+        loop,
+        table,
+        table.addresses,
+        arrays.grads,
+        table.numels,
+        table.groups,
+        table.first_chunks,
+        table.owners,
+        arrays.numbers,
+        arrays.rows,
+        sums,
+        table.tensors,
+    )
 
 
 BACKEND = LLVM()

@@ -105,7 +105,7 @@ def _processor() -> tuple[str, str]:
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
-def written(function: Callable[[Value], None]) -> ir.Module:
+def module_of(function: Callable[[Value], None]) -> ir.Module:
     """The module of a function of one address, which writes its instructions."""
     module = ir.Module(name=function.__name__)
     module.triple = llvm.get_process_triple()
@@ -127,13 +127,13 @@ def optimised(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
     return parsed
 
 
-def built(function: Callable[[Value], None]) -> Loop:
+def compiled_loop(function: Callable[[Value], None]) -> Loop:
     """The function for ctypes, which lets go of the interpreter's lock when it is called.
 
     It is written in every process, which takes a millisecond or two, and compiled where no file has
     what the same text became on the same CPU.
     """
-    text, machine = str(written(function)), _machine()
+    text, machine = str(module_of(function)), _machine()
     versions = (FORMAT, llvmlite.__version__, llvm.llvm_version_info)
     source = "\n".join(map(str, (*versions, machine.triple, *_processor(), text)))
     code = stored(source, lambda: machine.emit_object(optimised(text, machine)))

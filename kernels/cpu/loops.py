@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from fusedreg.kernels.contract import SLOTS, DeviceFunction, Program, Rule
-from fusedreg.kernels.cpu.compiler import Loop, built, device, written
+from fusedreg.kernels.cpu.compiler import Loop, compiled_loop, device, module_of
 from fusedreg.kernels.cpu.values import (
     DOUBLE,
     FLOAT,
@@ -104,7 +104,7 @@ def norm_loop(grad: torch.dtype) -> Loop:
                 norm = _norm(Pointer(address, grad), begin, end, wide=grad == torch.float64)
                 out[first + chunk] = norm
 
-    return built(norms)
+    return compiled_loop(norms)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def check(rule: Rule, states: int, counts: int, options: int) -> None:
         _, _, new = _returned(rule.tile, number, (number,) * states, scalars)
         _check_length(rule.tile, "states", new, states, "states(group)")
 
-    written(run)
+    module_of(run)
 
 
 def _returned(function: DeviceFunction, *args: object) -> tuple[object, object, object]:
@@ -219,7 +219,7 @@ def _rows_loop(
             for i, number in enumerate((*record, *scalars, *new)):
                 out[tensor * width + i] = scale.like(number)
 
-    return built(rows)
+    return compiled_loop(rows)
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def step_loop(program: Program, scaled: bool) -> Loop:
                         with when(address != 0):
                             Pointer(address, dtype)[0] = number
 
-    return built(step)
+    return compiled_loop(step)
 
 
 def _is_active(program: Program, rows: Value, tensor: Value) -> Value:
@@ -390,7 +390,7 @@ def squares_loop(program: Program, scaled: bool) -> Loop:
             for k, total in enumerate(sums):
                 out[chunk * 2 + k] = total.get()
 
-    return built(squares)
+    return compiled_loop(squares)
 
 
 @cache
@@ -412,4 +412,4 @@ def fold_loop() -> Loop:
             for k, total in enumerate(sums):
                 Pointer(squares, torch.float64)[tensor * 2 + k] = total.get()
 
-    return built(fold)
+    return compiled_loop(fold)

@@ -67,7 +67,7 @@ def l1_shrink(w, rate, mass, gain, numbers):
     return tl.where(threshold == 0.0, w, soft_threshold(w, threshold))
 
 
-def named(function: DeviceFunction | str) -> DeviceFunction:
+def resolve(function: DeviceFunction | str) -> DeviceFunction:
     """A hook of this module by its name, any other as it is."""
     found = globals().get(function) if isinstance(function, str) else function
     if not hasattr(found, "fn"):

@@ -321,7 +321,7 @@ RULES = {
 }
 
 
-def named(rule: Rule | str) -> Rule:
+def resolve(rule: Rule | str) -> Rule:
     """A rule of this module by its name, any other as it is."""
     if isinstance(rule, str) and rule not in RULES:
         raise ValueError(f"Invalid device rule: {rule!r} (expected a Rule or one of {[*RULES]})")

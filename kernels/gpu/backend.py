@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedreg.kernels import table as tables
-from fusedreg.kernels.contract import SLOTS, Call, DeviceFunction, Program, Rule, Stage
+from fusedreg.kernels.contract import SLOTS, Arrays, Call, DeviceFunction, Program, Rule, Stage
 from fusedreg.kernels.device import penalties, rules
 from fusedreg.kernels.gpu.norms import norm_kernel
 from fusedreg.kernels.gpu.rows import rows_kernel
@@ -65,11 +65,11 @@ class Triton:
 
     def rule(self, rule: Rule | str, *, states: int, counts: int, options: int) -> Rule:
         """The device functions of a rule; triton's compiler checks them in the first launch."""
-        return rules.named(rule)
+        return rules.resolve(rule)
 
     def hook(self, function: DeviceFunction | str) -> DeviceFunction:
         """The device function of a penalty."""
-        return penalties.named(function)
+        return penalties.resolve(function)
 
     def build(
         self,
@@ -104,10 +104,7 @@ class Triton:
     def rows(
         self,
         program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        out: Tensor,
+        arrays: Arrays,
         *,
         partials: Tensor | None = None,
         grad_scale: Tensor | None = None,
@@ -116,15 +113,16 @@ class Triton:
         skipped: Tensor | None = None,
     ) -> Call:
         """Writes the row of every tensor, with its new counts, which `step` stores."""
+        table = arrays.table
         return partial(
             run,
             rows_kernel,
             triton.cdiv(table.tensors, ROWS_BLOCK),
             table.addresses,
-            grads,
+            arrays.grads,
             table.groups,
-            numbers,
-            out,
+            arrays.numbers,
+            arrays.rows,
             partials,
             0 if partials is None else partials.numel(),
             grad_scale,
@@ -143,81 +141,56 @@ class Triton:
             FOLD=FOLD_BLOCK,
         )
 
-    def squares(
-        self,
-        program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        rows: Tensor,
-        partials: Tensor,
-        out: Tensor,
-        *,
-        scaled: bool,
-    ) -> list[Call]:
+    def squares(self, program: Program, arrays: Arrays, *, scaled: bool) -> list[Call]:
         """Writes the sums of squares of every tensor and of its update; changes nothing else."""
+        table = arrays.table
         constants = _constants(program, scaled)
-        of_chunks = partial(
-            run,
-            squares_kernel,
-            table.chunks,
-            table.addresses,
-            grads,
-            table.numels,
-            table.groups,
-            table.first_chunks,
-            table.owners,
-            numbers,
-            rows,
-            partials,
-            table.tensors,
-            **constants,
-        )
+        of_chunks = _walk(squares_kernel, arrays, arrays.partials, constants)
         of_tensors = partial(
             run,
             fold_kernel,
             table.tensors,
-            partials,
+            arrays.partials,
             table.numels,
             table.first_chunks,
-            out,
+            arrays.squares,
             CHUNK=CHUNK,
             BLOCK=FOLD_BLOCK,
         )
         return [of_chunks, of_tensors]
 
-    def step(
-        self,
-        program: Program,
-        table: Table,
-        grads: Tensor,
-        numbers: Tensor,
-        rows: Tensor,
-        squares: Tensor | None,
-        *,
-        scaled: bool,
-    ) -> Call:
+    def step(self, program: Program, arrays: Arrays, *, scaled: bool) -> Call:
         """Steps every tensor that has a gradient, and its counts with it."""
-        return partial(
-            run,
-            step_kernel,
-            table.chunks,
-            table.addresses,
-            grads,
-            table.numels,
-            table.groups,
-            table.first_chunks,
-            table.owners,
-            numbers,
-            rows,
-            squares,
-            table.tensors,
-            ENCODE=None if program.codec is None else program.codec.encode,
-            FIRST_COUNT=program.first_count,
-            COUNT_DTYPES=tuple(DTYPES[count] for count in program.counts),
+        constants = {
+            "ENCODE": None if program.codec is None else program.codec.encode,
+            "FIRST_COUNT": program.first_count,
+            "COUNT_DTYPES": tuple(DTYPES[count] for count in program.counts),
             **_functions(program, "prox"),
             **_constants(program, scaled),
-        )
+        }
+        squares = arrays.squares if program.layerwise else None
+        return _walk(step_kernel, arrays, squares, constants)
+
+
+def _walk(kernel: Any, arrays: Arrays, sums: Tensor | None, constants: dict[str, Any]) -> Call:
+    """A launch over all chunks."""
+    table = arrays.table
+    return partial(
+        run,
+        kernel,
+        table.chunks,
+        table.addresses,
+        arrays.grads,
+        table.numels,
+        table.groups,
+        table.first_chunks,
+        table.owners,
+        arrays.numbers,
+        arrays.rows,
+        sums,
+        table.tensors,
+        **constants,
+    )
 
 
 def _constants(program: Program, scaled: bool) -> dict[str, Any]:

@@ -35,13 +35,12 @@ PARTS = {
         ),
     ),
     "L2": Part(
-        r"L2(Options)?|l2_(gradient|decay)",
+        r"L2(Options)?|l2_(gradient|decay|decay_over_lr)",
         r"^.*\bL2(?:Options)?\b.*$",
         (
             "fusedreg/penalties/l2.py",
             "kernels/device/penalties.py",
             "fusedreg/penalties/__init__.py",
-            "fusedreg/contract.py",
         ),
     ),
 }

@@ -403,7 +403,7 @@ def test_sums_of_squares_are_vectorised(
     monkeypatch.setattr(
         loops,
         "built",
-        lambda function: compiler.optimised(str(compiler.written(function)), machine),
+        lambda function: compiler.optimised(str(compiler.module_of(function)), machine),
     )
     norms = loops.norm_loop.__wrapped__(dtype)
     adam = program(rules.RULES["adam"], dtype, states=2)
@@ -447,7 +447,7 @@ def test_what_a_rule_cannot_say_is_refused(function: Any, words: str) -> None:
         function(work.constant(1.0))
 
     with pytest.raises(TypeError, match=words):
-        compiler.built(kernel)
+        compiler.compiled_loop(kernel)
 
 
 # ---- rules of one's own --------------------------------------------------------------------------
@@ -577,7 +577,7 @@ def test_a_rule_may_call_what_it_imported_from_triton() -> None:
     def kernel(work: Any) -> None:
         compiler.device(positive)(work.constant(1.0))
 
-    assert "select" in str(compiler.written(kernel))
+    assert "select" in str(compiler.module_of(kernel))
 
 
 @language.triton.jit
@@ -648,7 +648,7 @@ def test_a_wrong_rule_is_refused_before_anything_changes(
 
 def test_a_rule_of_a_negative_width_is_refused() -> None:
     with pytest.raises(ValueError, match="Invalid width value: -1"):
-        rules.named(own.Own.rule._replace(width=-1))
+        rules.resolve(own.Own.rule._replace(width=-1))
 
 
 @pytest.mark.parametrize("what", [what for what, (*_, words) in WRONG.items() if words])

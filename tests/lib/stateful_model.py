@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedreg.cases import FORMULAS
-from fusedreg.check.oracle import shrink
+from fusedreg.cases import FORMULAS, shrink
 
 from intervals import Count, Interval, Precision, precision
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import fusedreg
-from fusedreg.check.oracle import clip, shrink
+from fusedreg.cases import shrink
+from fusedreg.check.oracle import clip
 from fusedreg.kernels.device.language import tl, triton
 from fusedreg.kernels.device.rules import (
     Rule,

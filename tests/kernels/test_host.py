@@ -402,7 +402,7 @@ def test_sums_of_squares_are_vectorised(
     machine = compiler._machine()
     monkeypatch.setattr(
         loops,
-        "built",
+        "compiled_loop",
         lambda function: compiler.optimised(str(compiler.module_of(function)), machine),
     )
     norms = loops.norm_loop.__wrapped__(dtype)

@@ -15,8 +15,8 @@ check: $(READY)  ## whether every optimizer is right on this machine, and which 
 demo: $(READY)  ## train on real data, compare with scikit-learn and torch.optim, draw the figures
 	$(BIN)/fusedreg demo
 
-test: $(READY)  ## what every change runs, with branch coverage
-	$(BIN)/pytest -n 2 --benchmark-disable -m "not slow" --cov
+test: $(READY)  ## what every change runs; COVERAGE=--cov counts the branches too, in twice the time
+	$(BIN)/pytest -n 2 --benchmark-disable -m "not slow" $(COVERAGE)
 
 test-all: $(READY)  ## every test, or those of TESTS='-m slow'
 	$(BIN)/pytest -n 2 --benchmark-disable $(TESTS)

@@ -181,7 +181,7 @@ def is_walkable_with(
         planes: the tensors that they are stored in, state by state.
         counts: its counts.
     """
-    plain = isinstance(storage, Plain)
+    plain = type(storage) is Plain
     if storage.codec is None and not plain:
         return False
     dtypes = DTYPES if plain else STORED

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from fusedreg.contract import UpdateRule
 from fusedreg.dist import mesh_of, sharded_as
-from fusedreg.formats import Plain, planes_of
+from fusedreg.formats import Format, Plain, planes_of
 from fusedreg.options import Option
 from fusedreg.scalars import Count, wide_dtype
 from fusedreg.types import ParamGroup
@@ -58,6 +58,9 @@ class Loading(Protocol):
     @property
     def declared_options(self) -> Mapping[str, Option]:
         """The declaration of each option that all classes have."""
+
+    def state_format(self, group: ParamGroup, param: Tensor) -> Format:
+        """How the states of a parameter are stored."""
 
 
 def check_keys(state_dict: object) -> None:
@@ -192,7 +195,11 @@ def restore_state(
 
     State that belongs to no parameter, or that the class does not know, is kept as it is.
     """
-    params = [(param, group["state_dtype"]) for group in groups for param in group["params"]]
+    params = [
+        (param, optimizer.state_format(group, param).dtype)
+        for group in groups
+        for param in group["params"]
+    ]
     saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
     by_id = dict(zip(saved_ids, params, strict=True))
     state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -200,7 +207,7 @@ def restore_state(
         if key not in by_id:
             state[key] = deepcopy(saved)
             continue
-        param, state_dtype = by_id[key]
+        param, dtype = by_id[key]
         restored = {}
         for name, value in saved.items():
             if name in optimizer.counts:
@@ -208,7 +215,7 @@ def restore_state(
                     restored[name] = _count(key, name, value, param, optimizer.counts[name])
             elif name in optimizer.tensor_states:
                 if not is_absent(value):
-                    restored[name] = _moment(key, name, value, param, state_dtype)
+                    restored[name] = _moment(key, name, value, param, dtype)
             elif isinstance(value, Tensor):
                 restored[name] = value.detach().to(param.device, copy=True)
             else:
@@ -242,7 +249,7 @@ def _count(key: object, name: str, value: object, param: Tensor, declared: Count
 
 
 def _moment(
-    key: object, name: str, value: object, param: Tensor, state_dtype: torch.dtype | None
+    key: object, name: str, value: object, param: Tensor, dtype: torch.dtype | None
 ) -> Tensor:
     """A tensor of the parameter's shape, device and placements, never narrowed unasked."""
     what = f"loaded state dict contains {name!r}"
@@ -267,7 +274,7 @@ def _moment(
     value = sharded_as(param, value)
     # torch casts to the parameter's dtype. A state wider than its parameter was asked for, and one
     # narrower would lose bits in every step: keep the wider of the two.
-    dtype = state_dtype or torch.promote_types(value.dtype, param.dtype)
+    dtype = dtype or torch.promote_types(value.dtype, param.dtype)
     if value.is_complex() and not dtype.is_complex:
         dtype = dtype.to_complex()
     restored: Tensor = value.detach().to(param.device, dtype, copy=True)
@@ -282,7 +289,7 @@ def join_planes(rule: UpdateRule, groups: Sequence[ParamGroup], packed: StateDic
     for group, packed_group in zip(groups, packed["param_groups"], strict=True):
         for param, key in zip(group["params"], packed_group["params"], strict=True):
             storage = rule.state_format(group, param)
-            if isinstance(storage, Plain) or key not in packed["state"]:
+            if type(storage) is Plain or key not in packed["state"]:
                 continue
             state = dict(packed["state"][key])
             for name in rule.tensor_states:
@@ -300,7 +307,7 @@ def split_into_planes(
         for param in group["params"]:
             storage = rule.state_format(group, param)
             state = states.get(param)
-            if isinstance(storage, Plain) or state is None:
+            if type(storage) is Plain or state is None:
                 continue
             for name in rule.tensor_states:
                 if name in state:

@@ -24,6 +24,9 @@ class Format(ABC):
 
     suffixes: tuple[str, ...] = ("",)
     """What the planes are called, after the name of the state."""
+    dtype: torch.dtype | None = None
+    """Of a state that was read from a file, before `from_checkpoint`; None is the wider of the
+    file's and the parameter's."""
 
     @property
     def codec(self) -> Codec | None:

@@ -39,7 +39,7 @@ def with_hooks(step: Step) -> Step:
         return (step if called or not watched else whole)(self, *args, **kwargs)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it again
-    hooked: Step = wrapper  # type: ignore[assignment]
+    hooked: Step = wrapper  # type: ignore[assignment]  # with the mark it is a Step
     return hooked
 
 

@@ -103,7 +103,7 @@ FAULTS = [
     Fault("a sum of found_inf is not looked at", STEPPER, "found_inf is None else found_inf != 0", "found_inf is None else found_inf == 1", f"{AMP} steps/test_torch_faults.py"),
     Fault("loss scale multiplies", STEPPER, "1.0 if loss_scale is None else 1.0 / loss_scale", "1.0 if loss_scale is None else 1.0 * loss_scale", AMP),
     # ---- files and groups
-    Fault("a checkpoint narrows", CHECKPOINT, "state_dtype or torch.promote_types(value.dtype, param.dtype)", "state_dtype or param.dtype", f"{STATE} {FILES}"),
+    Fault("a checkpoint narrows", CHECKPOINT, "dtype or torch.promote_types(value.dtype, param.dtype)", "dtype or param.dtype", f"{STATE} {FILES}"),
     Fault("a count of bfloat16 stays one", CHECKPOINT, "dtype = torch.promote_types(count.dtype, least)", "dtype = count.dtype", f"{STATE} {FILES}"),
     Fault("a file changes how to run", CHECKPOINT, "for name in (\"params\", *EXECUTION_FLAGS) if", "for name in (\"params\",) if", f"{STATE} {FILES}"),
     Fault("a file of another class is loaded", CHECKPOINT, "if missing and foreign:", "if False:", FILES),

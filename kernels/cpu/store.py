@@ -83,7 +83,7 @@ def _write(file: Path, code: bytes) -> None:
             with open(handle, "wb") as opened:
                 opened.write(_seal(file, code) + code)
             os.replace(name, file)
-        except BaseException:
+        except BaseException:  # nothing half written stays
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise

@@ -137,7 +137,7 @@ class Value:
         return self._compared("==", other)  # type: ignore[arg-type]  # Python's signature
 
     def __ne__(self, other: object) -> Any:
-        return self._compared("!=", other)  # type: ignore[arg-type]
+        return self._compared("!=", other)  # type: ignore[arg-type]  # as above
 
     __hash__ = None  # type: ignore[assignment]  # no value is equal to another in Python
 

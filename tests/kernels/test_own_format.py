@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fusedreg
-from fusedreg.formats import Format
+from fusedreg.formats import Format, Plain
 from fusedreg.kernels.contract import Codec
 from fusedreg.kernels.language import tl, triton
 from fusedreg.scalars import Number
@@ -35,7 +35,7 @@ def encode(value, which: tl.constexpr):
     value = value.to(tl.float32)
     bits = value.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    is_nan = value != value  # noqa: PLR0124
+    is_nan = value != value  # noqa: PLR0124  # only NaN is not itself
     return (tl.where(is_nan, 0x7FC0, rounded).to(tl.int16),)
 
 
@@ -164,3 +164,34 @@ def test_a_format_without_codec_takes_the_reference_path() -> None:
     step([slow, plain], 2, seed=1)
     assert_equal(slow, plain)
     assert slow.launches == 0
+
+
+@pytest.mark.parametrize("how", ["reference", "default"])
+def test_a_subclass_of_plain_is_no_plain_format(how: str) -> None:
+    """Kernels would read its numbers as they are, and a file would hold them so."""
+
+    class Doubled(Plain):
+        def load(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+            return super().load(planes, dtype) / 2
+
+        def store(self, value: Tensor, planes: Sequence[Tensor]) -> Sequence[Tensor]:
+            return (value * 2,)
+
+        def to_checkpoint(self, planes: Sequence[Tensor]) -> Tensor:
+            return planes[0] / 2
+
+        def from_checkpoint(self, value: Tensor) -> Sequence[Tensor]:
+            return (value * 2,)
+
+    class Adam(fusedreg.Adam):
+        def state_format(self, group: Any, param: Tensor) -> Format:
+            return Doubled()
+
+    doubled = Adam(parameters(shapes=[(9,)]), lr=0.1, **PATHS[how])
+    plain = fusedreg.Adam(parameters(shapes=[(9,)]), lr=0.1, fused=False)
+    step([doubled, plain], 2, seed=1)
+    assert_equal(doubled, plain)
+    assert doubled.launches == 0
+    doubled.load_state_dict(plain.state_dict())
+    step([doubled, plain], 1, seed=2)
+    assert_equal(doubled, plain)

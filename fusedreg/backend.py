@@ -125,7 +125,11 @@ def device_kernels(device: torch.device, fused: bool | None) -> Backend | None:
 
 def kernels_of(rule: UpdateRule, group: Settings, param: Tensor) -> Backend | None:
     """What steps a parameter of an optimizer, None for the reference path."""
-    return None if rule.device_rule(group) is None else kernels_for(param, group["fused"])
+    storage = rule.state_format(group, param)
+    stored = not rule.states(group) or type(storage) is Plain or storage.codec is not None
+    if not stored or rule.kernel_rule(group) is None:
+        return None
+    return kernels_for(param, group["fused"])
 
 
 def names_of(rule: UpdateRule, groups: Iterable[ParamGroup]) -> str:

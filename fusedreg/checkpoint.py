@@ -1,4 +1,4 @@
-"""Reading a state_dict: groups merged, tensors copied, everything checked before it is used."""
+"""Writing a state_dict, and reading one: everything is checked before it is used."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from fusedreg.contract import UpdateRule
-from fusedreg.dist import mesh_of, sharded_as
-from fusedreg.formats import Format, Plain, planes_of
-from fusedreg.options import Option
+from fusedreg.dist import checkpoint_reads_keys, mesh_of, sharded_as
+from fusedreg.formats import Plain, planes_of
 from fusedreg.scalars import Count, wide_dtype
-from fusedreg.types import ParamGroup
+from fusedreg.types import ParamGroup, States
 
 EXECUTION_FLAGS = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 """Group options that say how to run here; a file from another machine must not change them."""
@@ -44,23 +43,46 @@ OPTIONS_OF_CLASSES = frozenset(
 """Options by which they are known."""
 
 
-class Loading(Protocol):
-    """The part of an optimizer that decides what it can load; see FusedOptimizer."""
+def pack(rule: UpdateRule, groups: Sequence[ParamGroup], states: States) -> StateDict:
+    """What torch.optim makes of groups and states: each parameter is its number among all.
 
-    defaults: ParamGroup
-    param_groups: list[ParamGroup]
-    tensor_states: tuple[str, ...]
-    counts: Mapping[str, Count]
-    late_states: tuple[str, ...]
-    device_options: tuple[str, ...]
-    fixed_options: Mapping[str, object]
+    Each state is what its format has a checkpoint hold. Where torch.distributed.checkpoint asks,
+    options that torch.optim does not know are left out if none of them has an effect: it loads only
+    files that have every key.
+    """
+    group_of = {param: group for group in groups for param in group["params"]}
+    number: dict[Tensor, int] = {}
+    for index, param in enumerate(param for group in groups for param in group["params"]):
+        number.setdefault(param, index)
+    left_out = {"params"}
+    if checkpoint_reads_keys():
+        left_out |= _keys_beyond_torch(rule, groups)
+    packed = []
+    for group in groups:
+        options = {name: value for name, value in group.items() if name not in left_out}
+        packed.append({**options, "params": [number[param] for param in group["params"]]})
+    state: dict[Any, Any] = {}
+    for key, value in states.items():
+        if isinstance(key, Tensor):
+            state[number[key]] = _joined(rule, group_of[key], key, value)
+        else:  # of nothing here, as a file had it
+            state[key] = value
+    return {"state": state, "param_groups": packed}
 
-    @property
-    def declared_options(self) -> Mapping[str, Option]:
-        """The declaration of each option that all classes have."""
 
-    def state_format(self, group: ParamGroup, param: Tensor) -> Format:
-        """How the states of a parameter are stored."""
+def _joined(
+    rule: UpdateRule, group: ParamGroup, param: Tensor, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state of a parameter with each tensor state in the place of its planes."""
+    storage = rule.state_format(group, param)
+    if type(storage) is Plain:
+        return state  # the very dict, as torch.optim hands it out
+    joined = {**state}
+    for name in rule.tensor_states:
+        planes = planes_of(storage, [name])
+        if planes[0] in state:
+            joined[name] = storage.to_checkpoint([joined.pop(plane) for plane in planes])
+    return joined
 
 
 def check_keys(state_dict: object) -> None:
@@ -91,13 +113,13 @@ def is_absent(value: object) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def check_states(state_dict: StateDict, optimizer: Loading) -> None:
+def check_states(state_dict: StateDict, rule: UpdateRule) -> None:
     """Raise unless each parameter has the states that the optimizer keeps, all or none.
 
     What else it has is a user's own, unless its name is that of a state that other classes keep.
     """
-    _check_class(state_dict["param_groups"], optimizer)
-    who, known = type(optimizer).__name__, {*optimizer.counts, *optimizer.tensor_states}
+    _check_class(state_dict["param_groups"], rule)
+    who, known = type(rule).__name__, {*rule.counts, *rule.tensor_states}
     ids = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key, state in state_dict["state"].items():
         if key not in ids:
@@ -118,7 +140,7 @@ def check_states(state_dict: StateDict, optimizer: Loading) -> None:
                 f"loaded state dict contains {foreign[0]!r} for parameter {key}, which {who} does "
                 "not keep: load it into the class that it was saved from"
             )
-        missing = sorted(known - {*optimizer.late_states, *present})
+        missing = sorted(known - {*rule.late_states, *present})
         if missing and not known.isdisjoint(present):
             raise ValueError(
                 f"loaded state dict lacks {missing[0]!r} for parameter {key}: it was not written "
@@ -126,14 +148,14 @@ def check_states(state_dict: StateDict, optimizer: Loading) -> None:
             )
 
 
-def _check_class(saved_groups: Sequence[Mapping[str, object]], optimizer: Loading) -> None:
+def _check_class(saved_groups: Sequence[Mapping[str, object]], rule: UpdateRule) -> None:
     """Raise where a group lacks an option of this class and has one of another class.
 
     The names of states do not always tell: torch's Muon has a `momentum_buffer` as SGD has, and SGD
     without momentum has no state at all. One of the two alone is no sign: a file may lack options,
     and wrappers add their own.
     """
-    who, own = type(optimizer).__name__, set(optimizer.device_options)
+    who, own = type(rule).__name__, set(rule.device_options)
     for index, saved in enumerate(saved_groups):
         missing = sorted(own - saved.keys())
         foreign = sorted(OPTIONS_OF_CLASSES & saved.keys() - own)
@@ -144,24 +166,24 @@ def _check_class(saved_groups: Sequence[Mapping[str, object]], optimizer: Loadin
             )
 
 
-def keys_beyond_torch(optimizer: Loading) -> frozenset[str]:
+def _keys_beyond_torch(rule: UpdateRule, groups: Sequence[ParamGroup]) -> frozenset[str]:
     """Options that a file of the torch.optim class of the same name lacks.
 
     Empty where one of them has an effect or a default that has one, and where torch has no such
     class.
     """
-    bases = (base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim."))
+    bases = (base for base in type(rule).__mro__ if base.__module__.startswith("torch.optim."))
     namesake = next(bases)
     if namesake is Optimizer:
         return frozenset()
-    of_torch = {*inspect.signature(namesake).parameters, *optimizer.fixed_options}
-    beyond = frozenset(optimizer.defaults.keys() - of_torch)
-    declared = optimizer.declared_options
+    of_torch = {*inspect.signature(namesake).parameters, *rule.fixed_options}
+    beyond = frozenset(rule.defaults.keys() - of_torch)
+    declared = rule.declared_options
     for name in beyond.difference(EXECUTION_FLAGS):
         if name not in declared:  # of a subclass, which alone knows what it does
             return frozenset()
         switch = declared[name].needs or name
-        for options in (optimizer.defaults, *optimizer.param_groups):
+        for options in (rule.defaults, *groups):
             if options[switch] != declared[switch].default:
                 return frozenset()
     return beyond
@@ -189,16 +211,14 @@ def merge_groups(groups: list[ParamGroup], saved_groups: list[ParamGroup]) -> li
 
 
 def restore_state(
-    groups: list[ParamGroup], state_dict: StateDict, optimizer: Loading
+    groups: list[ParamGroup], state_dict: StateDict, rule: UpdateRule
 ) -> defaultdict[Tensor, Any]:
     """Copies of the saved states, keyed by the parameters of `groups`.
 
     State that belongs to no parameter, or that the class does not know, is kept as it is.
     """
     params = [
-        (param, optimizer.state_format(group, param).dtype)
-        for group in groups
-        for param in group["params"]
+        (param, rule.state_format(group, param)) for group in groups for param in group["params"]
     ]
     saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
     by_id = dict(zip(saved_ids, params, strict=True))
@@ -207,15 +227,17 @@ def restore_state(
         if key not in by_id:
             state[key] = deepcopy(saved)
             continue
-        param, dtype = by_id[key]
+        param, storage = by_id[key]
         restored = {}
         for name, value in saved.items():
-            if name in optimizer.counts:
+            if name in rule.counts:
                 if not is_absent(value):
-                    restored[name] = _count(key, name, value, param, optimizer.counts[name])
-            elif name in optimizer.tensor_states:
+                    restored[name] = _count(key, name, value, param, rule.counts[name])
+            elif name in rule.tensor_states:
                 if not is_absent(value):
-                    restored[name] = _moment(key, name, value, param, dtype)
+                    moment = _moment(key, name, value, param, storage.dtype)
+                    planes = storage.from_checkpoint(moment)
+                    restored.update(zip(planes_of(storage, [name]), planes, strict=True))
             elif isinstance(value, Tensor):
                 restored[name] = value.detach().to(param.device, copy=True)
             else:
@@ -279,37 +301,3 @@ def _moment(
         dtype = dtype.to_complex()
     restored: Tensor = value.detach().to(param.device, dtype, copy=True)
     return restored
-
-
-# ---- formats -------------------------------------------------------------------------------------
-
-
-def join_planes(rule: UpdateRule, groups: Sequence[ParamGroup], packed: StateDict) -> None:
-    """Replace the planes of each state by the state itself, as its format says."""
-    for group, packed_group in zip(groups, packed["param_groups"], strict=True):
-        for param, key in zip(group["params"], packed_group["params"], strict=True):
-            storage = rule.state_format(group, param)
-            if type(storage) is Plain or key not in packed["state"]:
-                continue
-            state = dict(packed["state"][key])
-            for name in rule.tensor_states:
-                planes = planes_of(storage, [name])
-                if planes[0] in state:
-                    state[name] = storage.to_checkpoint([state.pop(plane) for plane in planes])
-            packed["state"][key] = state
-
-
-def split_into_planes(
-    rule: UpdateRule, groups: Sequence[ParamGroup], states: Mapping[Tensor, dict[str, Any]]
-) -> None:
-    """Replace each state of a file by its planes, as its format says."""
-    for group in groups:
-        for param in group["params"]:
-            storage = rule.state_format(group, param)
-            state = states.get(param)
-            if type(storage) is Plain or state is None:
-                continue
-            for name in rule.tensor_states:
-                if name in state:
-                    planes = storage.from_checkpoint(state.pop(name))
-                    state.update(zip(planes_of(storage, [name]), planes, strict=True))

@@ -263,6 +263,18 @@ def check_moment(group: ParamGroup, param: Tensor, name: str, value: object) -> 
     )
 
 
+def check_planes(group: ParamGroup, param: Tensor, name: str, planes: Mapping[str, object]) -> None:
+    """The same for the tensors that a state is stored in, which are all there or none."""
+    for plane, value in planes.items():
+        check_moment(group, param, plane, value)
+    missing = [plane for plane, value in planes.items() if value is None]
+    if missing and len(missing) < len(planes):
+        raise RuntimeError(
+            f"The state {name!r} lacks {missing[0]!r}, in which a part of it is stored. Delete "
+            f"optimizer.state[parameter] to begin anew ({_describe_one(group, param)})"
+        )
+
+
 def check_count(group: ParamGroup, param: Tensor, name: str, value: object) -> None:
     """Raise where a state that is one number is something else; None is taken for none."""
     if value is None or (isinstance(value, Real) and math.isfinite(value)):

@@ -24,6 +24,7 @@ from fusedreg.options import (
     complete_signature,
     declarations,
     nearest,
+    owner,
 )
 from fusedreg.penalties import PENALTIES, Penalty, PenaltyOptions
 from fusedreg.scalars import Count, Number
@@ -54,7 +55,10 @@ class UpdateRule:
     option_sets: ClassVar[tuple[type, ...]] = (TorchOptions, StepOptions)
     """TypedDicts that declare options, except those of penalties, `lr` and the rule's own."""
     option_defaults: Mapping[str, object] = MappingProxyType({})
-    """Defaults of this class for declared options; the others have those of their declaration."""
+    """Defaults of this class for declared options; the others have those of their declaration.
+
+    Those that a constructor writes out have their defaults there.
+    """
     fixed_options: Mapping[str, object] = MappingProxyType({})
     """Options that every group has, whatever a checkpoint of another class says."""
     declared_options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
@@ -70,11 +74,8 @@ class UpdateRule:
         """Complete the signature, and raise if kernels would run another rule than `update`."""
         super().__init_subclass__(**kwargs)
         cls._declare_options()
-        owner = {
-            name: next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
-            for name in ("update", "device_rule")
-        }
-        if owner["update"] < owner["device_rule"]:
+        inherits = cls.device_rule is not UpdateRule.device_rule
+        if inherits and owner(cls, "update") < owner(cls, "device_rule"):
             raise TypeError(
                 f"{cls.__name__} overrides update but not device_rule, so kernels would still "
                 "run the rule that it inherits: return the Rule that computes the same from "
@@ -100,14 +101,50 @@ class UpdateRule:
         cls.declared_options = MappingProxyType(declarations(*sets))
         options = cls.declared_options.items()
         cls.own_options = frozenset(name for name, option in options if not option.of_group)
-        changed = {**cls.option_defaults, **cls.fixed_options}
-        complete_signature(cls, changed, sets)
+        cls._check_option_defaults()
+        complete_signature(cls, {**cls.option_defaults, **cls.fixed_options}, sets)
 
     @classmethod
-    def _class_defaults(cls) -> dict[str, object]:
-        """The values of declared options where the constructor is given none."""
+    def _check_option_defaults(cls) -> None:
+        """Raise TypeError for a name in the class's own `option_defaults` that is none."""
+        for name in vars(cls).get("option_defaults", ()):
+            if name not in cls.declared_options:
+                raise TypeError(
+                    f"{cls.__name__}.option_defaults has {name!r}, which is no declared option"
+                    f"{nearest(name, cls.declared_options)}"
+                )
+
+    @classmethod
+    def _with_class_defaults(
+        cls, defaults: Mapping[str, object], options: Mapping[str, object]
+    ) -> dict[str, object]:
+        """All options: those given, those of the class, and those of the declarations.
+
+        Raises:
+            TypeError: there is no such option, or one that is needed is missing.
+            ValueError: one that is fixed is given another value.
+        """
+        cls._check_names(defaults, options)
+        cls.check_fixed(options)
         declared = {name: option.default for name, option in cls.declared_options.items()}
-        return {**declared, **cls.option_defaults, **cls.fixed_options}
+        of_class = {name: x for name, x in cls.option_defaults.items() if name in declared}
+        values = {**declared, **of_class, **defaults, **options}
+        return {**values, **cls.fixed_among(values)}
+
+    @classmethod
+    def fixed_among(cls, options: Mapping[str, object]) -> dict[str, object]:
+        """Those of `fixed_options` that there are; one goes with the penalty that declares it."""
+        return {name: value for name, value in cls.fixed_options.items() if name in options}
+
+    @classmethod
+    def check_fixed(cls, options: Mapping[str, object]) -> None:
+        """Raise ValueError where an option that every group has is another one."""
+        for name, value in cls.fixed_among(options).items():
+            if options[name] != value:
+                raise ValueError(
+                    f"Invalid {name} value: {options[name]!r} (every group of {cls.__name__} has "
+                    f"{name}={value!r})"
+                )
 
     @classmethod
     def _check_names(cls, defaults: Mapping[str, object], options: Mapping[str, object]) -> None:
@@ -128,6 +165,18 @@ class UpdateRule:
                     f"{who} has no option {name!r}, which is among its defaults. "
                     f"Did you mean {near!r}?"
                 )
+        for name in cls.option_defaults:
+            if name in defaults:
+                raise TypeError(
+                    f"{who}.option_defaults has {name!r}, but its constructor passes one of its "
+                    "own: change the default in a constructor"
+                )
+        for name in vars(cls).get("fixed_options", ()):
+            if name not in declared and name not in defaults:
+                raise TypeError(
+                    f"{who}.fixed_options has {name!r}, which is no option"
+                    f"{nearest(name, {**declared, **defaults})}"
+                )
         for name in ("lr", *cls.device_options):
             if name not in declared and name not in defaults and name not in options:
                 raise TypeError(f"{who} has no option {name!r} among its defaults")
@@ -144,22 +193,26 @@ class UpdateRule:
         """Those of `tensor_states` that a step of this group moves, in their order: here all."""
         return self.tensor_states
 
+    def counts_of(self, group: Settings) -> tuple[str, ...]:
+        """Those of `counts` that a step of this group needs: here all but the late ones."""
+        return tuple(name for name in self.counts if name not in self.late_states)
+
     def first_value(self, group: Settings, name: str) -> Number:
         """What every entry of a tensor state is before the first step: here 0."""
         return 0.0
 
     def state_format(self, group: Settings, param: Tensor) -> Format:
-        """How the tensor states of a parameter are stored: here as `state_dtype` says."""
+        """How the tensor states of a parameter are stored: here as `state_dtype` says.
+
+        It must be the same in every step of a parameter.
+        """
         return Plain(group["state_dtype"])
 
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
-        """Create what `state` lacks for the next step of `param`: counts, and zeros for `states`.
-
-        Counts in `late_states` are not created.
-        """
-        for name, count in self.counts.items():
-            if name not in state and name not in self.late_states:
-                state[name] = count.create(param)
+        """Create what `state` lacks for the next step of `param`: `counts_of` and `states`."""
+        for name in self.counts_of(group):
+            if name not in state:
+                state[name] = self.counts[name].create(param)
         storage = self.state_format(group, param)
         for name in self.states(group):
             planes = planes_of(storage, [name])
@@ -173,6 +226,12 @@ class UpdateRule:
         None, as here, leaves all parameters of the group to the reference path.
         """
         return None
+
+    def kernel_rule(self, group: Settings) -> DeviceRule | str | None:
+        """`device_rule`, or None where a penalty leaves the group to the reference path."""
+        if any(penalty.terms(group) is None for penalty in self.penalties):
+            return None
+        return self.device_rule(group)
 
     def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The rule in torch operations: (direction, gain, new state). It writes into no tensor.

@@ -10,20 +10,12 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    Optimizer,
-    ParamsT,
-    StateDict,
-)
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from typing_extensions import Unpack
 
 from fusedreg import backend, checkpoint, dist
 from fusedreg.amp import supports_amp_scaling
-from fusedreg.checks import (
-    check_keys,
-    check_number,
-    check_param,
-)
+from fusedreg.checks import check_keys, check_number, check_param
 from fusedreg.contract import AllOptions, UpdateRule
 from fusedreg.dist import ProcessGroup
 from fusedreg.hooks import with_grad_mode, with_hooks
@@ -76,8 +68,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
         defaults: Mapping[str, object],
         **options: Unpack[AllOptions],
     ) -> None:
-        self._check_names(defaults, options)
-        values = {**self._class_defaults(), **defaults, **options}
+        values = self._with_class_defaults(defaults, options)
         self._own = OptimizerOptions()
         for name in self.own_options:
             setattr(self, name, values.pop(name))
@@ -249,6 +240,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
         """
         own = {name: getattr(self, name) for name in self.own_options}
         check_keys(group, self.defaults, own, self._own.warned, new=new)
+        self.check_fixed(group)
         make_plain(group, self.defaults)
         copy_options(group, self.declared_options)
         check_number("lr", group["lr"], read_device=read_device)
@@ -276,18 +268,13 @@ class FusedOptimizer(UpdateRule, Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as above
     def state_dict(self) -> StateDict:
-        """State and param groups, as torch.optim writes them; see docs/recipes.md.
-
-        Where torch.distributed.checkpoint asks, options that torch.optim does not know are left out
-        if none of them has an effect: it loads only files that have every key.
-        """
-        packed: StateDict = Optimizer.state_dict(self)
-        checkpoint.join_planes(self, self.param_groups, packed)
-        if dist.checkpoint_reads_keys():
-            unknown = checkpoint.keys_beyond_torch(self)
-            for group in packed["param_groups"]:
-                for name in unknown:
-                    group.pop(name, None)
+        """State and param groups, as torch.optim writes them; see docs/recipes.md."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        packed = checkpoint.pack(self, self.param_groups, self.state)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, packed)
+            packed = packed if replaced is None else replaced
         return packed
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as above
@@ -314,11 +301,10 @@ class FusedOptimizer(UpdateRule, Optimizer):
         groups = checkpoint.merge_groups(self.param_groups, state_dict["param_groups"])
         checkpoint.check_states(state_dict, self)
         for group in groups:
-            group.update(self.fixed_options)
+            group.update(self.fixed_among(self.defaults))
             make_pairs(group, self.defaults)
             self.validate(group, read_device=True)
         state = checkpoint.restore_state(groups, state_dict, self)
-        checkpoint.split_into_planes(self, groups, state)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -330,10 +316,17 @@ class FusedOptimizer(UpdateRule, Optimizer):
         if outcome.skipped_steps is not None:  # which counts in place
             outcome = outcome._replace(skipped_steps=outcome.skipped_steps.clone())
         own = replace(self._own, outcome=outcome)
-        return {**super().__getstate__(), **kept, "_own": own}
+        # What a subclass declares beyond ours is an attribute of it.
+        declared = self.own_options - FusedOptimizer.own_options
+        attributes = {name: getattr(self, name) for name in declared}
+        return {**super().__getstate__(), **kept, "_own": own, "_attributes": attributes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {**state}
+        attributes = state.pop("_attributes", {})
         Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
+        for name, value in attributes.items():
+            setattr(self, name, value)
         # Addresses are of this process and these tensors: a copy makes its own plan. Where this one
         # has loaded a file, a CUDA graph may still read the tables that it was captured with.
         if "_stepper" in vars(self):
@@ -344,7 +337,7 @@ class FusedOptimizer(UpdateRule, Optimizer):
         declared = {name: option.default for name, option in options if option.of_group}
         self.defaults = {**declared, **self.defaults}  # an older version lacked some
         for group in self.param_groups:
-            group.update(self.fixed_options)
+            group.update(self.fixed_among(self.defaults))
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             copy_options(group, self.declared_options)

@@ -41,7 +41,7 @@ class Option:
     The last argument says whether numbers on an accelerator may be read, which waits for it.
     """
     of_group: bool = True
-    """False if it belongs to the optimizer, which then has a property of this name."""
+    """False if it belongs to the optimizer, as an attribute or a property of this name."""
     copied_from: str | None = None
     """The option that None stands for, as it was when the group was added."""
     needs: str | None = None
@@ -76,6 +76,11 @@ def declarations(*sets: type) -> dict[str, Option]:
         for extra in getattr(hint, "__metadata__", ())
         if isinstance(extra, Option)
     }
+
+
+def owner(cls: type, name: str) -> int:
+    """Where the class that defines an attribute stands in the order of bases."""
+    return next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
 
 
 def nearest(name: str, known: Mapping[str, object]) -> str:

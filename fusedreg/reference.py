@@ -207,7 +207,7 @@ def _blocks(rule: UpdateRule, settings: Settings, whole: Block) -> list[Block]:
     size = BLOCK_BYTES // compute_dtype(param).itemsize
     # On an accelerator blocks would be nothing but more launches.
     small = as_real(param).numel() <= size
-    if small or param.device.type != "cpu" or rule.device_rule(settings) is None:
+    if small or param.device.type != "cpu" or rule.kernel_rule(settings) is None:
         return [whole]
     planes = planes_of(storage, rule.tensor_states)
     tensors = {name: state[name] for name in planes if name in state}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 from torch import Tensor
 
 from fusedreg import dist
-from fusedreg.checks import check_count, check_moment
+from fusedreg.checks import check_count, check_planes
 from fusedreg.contract import UpdateRule
 from fusedreg.formats import planes_of
 from fusedreg.scalars import number
@@ -35,8 +35,9 @@ def create_states(rule: UpdateRule, states: States, work: Work) -> None:
             for param in params:
                 if param.device == device:
                     state = states.get(param, {})
+                    before = {*state}
                     rule.init_state(settings, param, state)
-                    _check_counts(rule, state)
+                    _check_counts(rule, settings, state, state.keys() - before)
                     if dist.where_of(param) is not None:
                         _shard_alike(rule, group, param, state)
                     if state:
@@ -45,14 +46,12 @@ def create_states(rule: UpdateRule, states: States, work: Work) -> None:
 
 def _tidy(rule: UpdateRule, group: ParamGroup, param: Tensor, state: dict[str, Tensor]) -> None:
     """Take what a user wrote into the state of a parameter: None forgets, a number counts."""
-    planes = planes_of(rule.state_format(group, param), rule.tensor_states)
-    for name in planes:
-        if name in state:
-            check_moment(group, param, name, state[name])
+    storage = rule.state_format(group, param)
+    for name in rule.tensor_states:
+        check_planes(group, param, name, {p: state.get(p) for p in planes_of(storage, [name])})
     for name in rule.counts:
-        if name in state:
-            check_count(group, param, name, state[name])
-    for name in (*planes, *rule.counts):
+        check_count(group, param, name, state.get(name))
+    for name in (*planes_of(storage, rule.tensor_states), *rule.counts):
         value = state.get(name)
         if value is None:
             state.pop(name, None)
@@ -60,13 +59,22 @@ def _tidy(rule: UpdateRule, group: ParamGroup, param: Tensor, state: dict[str, T
             state[name] = rule.counts[name].create(param, value)
 
 
-def _check_counts(rule: UpdateRule, state: dict[str, Tensor]) -> None:
-    """Raise where a count is missing, which kernels would take for 1."""
-    for name in rule.counts:
-        if name not in state and name not in rule.late_states:
+def _check_counts(
+    rule: UpdateRule, settings: Settings, state: dict[str, Tensor], created: Set[str]
+) -> None:
+    """Raise where a count is missing, which kernels would take for 1, or is not declared."""
+    who, needed = type(rule).__name__, rule.counts_of(settings)
+    for name in needed:
+        if name not in state:
             raise RuntimeError(
-                f"{type(rule).__name__}.init_state creates no {name!r}: call "
-                "super().init_state, which creates all counts that are not in late_states"
+                f"{who}.init_state creates no {name!r}: call super().init_state, which creates all "
+                "counts that counts_of names"
+            )
+    for name in rule.counts:
+        if name in created and name not in needed:
+            raise RuntimeError(
+                f"{who}.init_state creates {name!r}, which counts_of does not name for this group: "
+                "a step that needs it later would not have it"
             )
 
 

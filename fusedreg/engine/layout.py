@@ -104,7 +104,7 @@ def _program(watcher: Watcher, position: int, state: Mapping[str, Tensor]) -> Pr
         planes=tuple(state[name].dtype for name in first_state) or (param.dtype,),
         codec=storage.codec,
         counts=tuple(torch.float64 if count is None else count.dtype for count in counts),
-        options=options.options,
+        options=structure.options,
         line=options.width,
         param=param.dtype,
         grad=watcher.grad_dtypes[position],

@@ -7,30 +7,45 @@ changes are checked once for all groups that changed alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fusedreg.contract import UpdateRule
-from fusedreg.kernels.contract import FIRST_NUMBER, SLOTS, Backend, DeviceFunction, Hook
+from fusedreg.kernels.contract import FIRST_NUMBER, SLOTS, Backend, DeviceFunction, Hook, Stage
 from fusedreg.kernels.contract import Rule as DeviceRule
 from fusedreg.kernels.layout import Group, with_lr
-from fusedreg.penalties import Term
 from fusedreg.scalars import Number, is_on_device, on_host
 from fusedreg.types import ParamGroup
+
+
+class Asked(NamedTuple):
+    """A hook that a group asks for. One launch gives groups that ask for the same one slot."""
+
+    penalty: int
+    """Which of the optimizer's penalties it belongs to."""
+    term: int
+    """Which of this penalty's terms it is."""
+    stage: Stage
+    function: DeviceFunction
+    width: int
+    """How many numbers it takes."""
 
 
 class Structure(NamedTuple):
     """What the options of a group decide: which kernels its parameters need."""
 
     rule: DeviceRule | None
-    """None where the reference path steps its parameters."""
+    """None where the reference path steps its parameters. Then the rest says nothing of kernels."""
     states: tuple[str, ...]
+    counts: tuple[str, ...]
     fused: bool | None
-    hooks: tuple[tuple[str, DeviceFunction], ...]
-    """Stage and function of each hook of its penalties."""
+    options: int = 0
+    """How many options the rule takes."""
+    hooks: tuple[Asked, ...] = ()
 
 
 class GroupNumbers:
@@ -47,39 +62,37 @@ class GroupNumbers:
     def __init__(self, rule: UpdateRule, backend: Backend, groups: list[ParamGroup]) -> None:
         self._backend = backend
         self._options_of = itemgetter("lr", *(name for name in rule.defaults if name != "lr"))
+        self._rule_takes_lr = "lr" in rule.device_options
         self._options = [self._options_of(group) for group in groups]
         self._seen = [_snapshot_if_mutable(options) for options in self._options]
         self._sizes = [len(group) for group in groups]
         self.structure = [self._structure(rule, group) for group in groups]
-        self.hooks = self._placed(rule, groups)
+        self._hooks = self._placed()
         """The hooks of all groups, in the order of the optimizer's penalties."""
-        self.options = len([*_elements(groups[0][name] for name in rule.device_options)])
-        """How many options the rule takes."""
-        self.width = FIRST_NUMBER + sum(hook.width for hook in self.hooks) + self.options
+        widths = (hook.width for hook in self._hooks.values())
+        options = max((structure.options for structure in self.structure), default=0)
+        self.width = FIRST_NUMBER + sum(widths) + options
         """How many numbers a line has."""
-        self.lines = [self._line(rule, group) for group in groups]
+        self.lines = list(map(partial(self._line, rule), groups, self.structure))
         self.hooks_of = self._packed()
         """The hooks of the launch that a group is part of."""
 
-    def _placed(self, rule: UpdateRule, groups: list[ParamGroup]) -> list[Hook]:
-        """Each hook that any group needs, once, and where its numbers are in a line."""
-        hooks: dict[tuple[str, DeviceFunction], Hook] = {}
+    def _placed(self) -> dict[Asked, Hook]:
+        """Each hook that any group asks for, once, and where its numbers are in a line."""
+        asked = dict.fromkeys(hook for structure in self.structure for hook in structure.hooks)
+        hooks: dict[Asked, Hook] = {}
         first = FIRST_NUMBER
-        for penalty in rule.penalties:
-            for term in (term for group in groups for term in penalty.terms(group)):
-                function = self._backend.hook(term.function)
-                if (term.stage, function) not in hooks:
-                    width = len(term.numbers)
-                    hooks[term.stage, function] = Hook(term.stage, function, first, width)
-                    first += width
-        return [*hooks.values()]
+        for one in sorted(asked, key=itemgetter(0, 1)):
+            hooks[one] = Hook(one.stage, one.function, first, one.width)
+            first += one.width
+        return hooks
 
     def _packed(self) -> list[tuple[Hook, ...]]:
         """Gather groups into as few launches as have slots for all their hooks."""
         packs: list[set[Hook]] = []
         pack_of: list[set[Hook]] = []
         for structure in self.structure:
-            own = {hook for hook in self.hooks if (hook.stage, hook.function) in structure.hooks}
+            own = {self._hooks[asked] for asked in structure.hooks}
             pack = next((pack for pack in packs if _has_slots(pack | own)), None)
             if pack is None:
                 pack = set()
@@ -91,7 +104,7 @@ class GroupNumbers:
                     )
             pack |= own
             pack_of.append(pack)
-        return [tuple(hook for hook in self.hooks if hook in pack) for pack in pack_of]
+        return [tuple(hook for hook in self._hooks.values() if hook in pack) for pack in pack_of]
 
     def refresh(self, rule: UpdateRule, groups: list[ParamGroup]) -> bool | None:
         """Take over this step's options, say whether any changed; None: they need another plan.
@@ -127,6 +140,7 @@ class GroupNumbers:
         """Replace a line, the quick way where that is known to be right."""
         lr, others = options[0], options[1:]
         simple = type(lr) is float and lr >= 0 and self._seen[index] is None
+        simple = simple and not self._rule_takes_lr
         if simple and all(map(is_, others, self._options[index][1:])):
             self._options[index] = options
             self.lines[index] = with_lr(self.lines[index], lr)
@@ -142,7 +156,7 @@ class GroupNumbers:
             structure = self._structure(rule, group)
             if structure != self.structure[index]:
                 return False
-            line = self._line(rule, group)
+            line = self._line(rule, group, structure)
             if mutable is None:
                 alike[options[1:]] = line, structure
         if structure != self.structure[index]:
@@ -152,37 +166,45 @@ class GroupNumbers:
 
     def _structure(self, rule: UpdateRule, group: ParamGroup) -> Structure:
         """What of a group's options decides which kernels its parameters need."""
-        names, wanted = rule.states(group), rule.device_rule(group)
-        device_rule = None
-        if wanted is not None:
-            options = [*_elements(group[name] for name in rule.device_options)]
-            device_rule = self._backend.rule(
-                wanted, states=len(names), counts=len(rule.counts), options=len(options)
-            )
-        hooks = tuple(
-            (term.stage, self._backend.hook(term.function)) for term in _terms(rule, group)
+        fused = group["fused"]
+        names, counts = rule.states(group), rule.counts_of(group)
+        wanted = None if fused is False else rule.kernel_rule(group)
+        if wanted is None:
+            return Structure(None, names, counts, fused)
+        options = len([*_options_of_rule(rule, group)])
+        device_rule = self._backend.rule(
+            wanted, states=len(names), counts=len(rule.counts), options=options
         )
-        return Structure(device_rule, names, group["fused"], hooks)
+        return Structure(device_rule, names, counts, fused, options, (*self._asked(rule, group),))
 
-    def _line(self, rule: UpdateRule, group: ParamGroup) -> list[Number]:
+    def _asked(self, rule: UpdateRule, group: ParamGroup) -> dict[Asked, tuple[Number, ...]]:
+        """What the penalties of a group ask of kernels, with the numbers that it takes."""
+        return {
+            Asked(
+                place, index, term.stage, self._backend.hook(term.function), len(term.numbers)
+            ): term.numbers
+            for place, penalty in enumerate(rule.penalties)
+            for index, term in enumerate(penalty.terms(group) or ())
+        }
+
+    def _line(self, rule: UpdateRule, group: ParamGroup, structure: Structure) -> list[Number]:
         """The numbers of a group in the device's order; a tensor where it must not be read."""
         line: list[Number] = [0.0] * self.width
+        if structure.rule is None:
+            return line  # no kernel reads it
         line[:FIRST_NUMBER] = Group(lr=group["lr"], sign=-1.0 if group["maximize"] else 1.0)
-        for term in _terms(rule, group):
-            function = self._backend.hook(term.function)
-            (first,) = (
-                hook.first
-                for hook in self.hooks
-                if (hook.stage, hook.function) == (term.stage, function)
-            )
-            line[first : first + len(term.numbers)] = term.numbers
-        line[self.width - self.options :] = _elements(group[name] for name in rule.device_options)
+        for asked, numbers in self._asked(rule, group).items():
+            first = self._hooks[asked].first
+            line[first : first + asked.width] = numbers
+        line[self.width - structure.options :] = _options_of_rule(rule, group)
         return [value if is_on_device(value) else float(value) for value in line]
 
 
-def _terms(rule: UpdateRule, group: ParamGroup) -> Iterator[Term]:
-    """What the penalties of a group ask of kernels."""
-    return (term for penalty in rule.penalties for term in penalty.terms(group))
+def _options_of_rule(rule: UpdateRule, group: ParamGroup) -> Iterator[Any]:
+    """The numbers that a group's device rule takes, also those of a pair one by one."""
+    for name in rule.device_options:
+        value = group[name]
+        yield from value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _has_slots(hooks: set[Hook]) -> bool:
@@ -210,9 +232,3 @@ def _is_mutable(option: object) -> bool:
     if isinstance(option, tuple):
         return any(map(_is_mutable, option))
     return type(option).__hash__ is None or (isinstance(option, Tensor) and on_host(option))
-
-
-def _elements(values: Iterable[Any]) -> Iterator[Any]:
-    """Numbers one by one, also those of a pair."""
-    for value in values:
-        yield from value if isinstance(value, (tuple, list)) else (value,)

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
 from fusedreg.contract import Options
+from fusedreg.formats import planes_of
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.scalars import Count, Number
 from fusedreg.types import ParamGroup, Settings, State, Update
@@ -129,8 +130,10 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
     def share_memory(self) -> None:
         """Move `sum` of every parameter into shared memory, for processes that train together."""
         self._stepper.create_states(self, self.param_groups, self.state)
-        for state in self.state.values():
-            state["sum"].share_memory_()
+        for group in self.param_groups:
+            for param in group["params"]:
+                for name in planes_of(self.state_format(group, param), self.tensor_states):
+                    self.state[param][name].share_memory_()
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""

@@ -115,7 +115,7 @@ class Lion(FusedOptimizer):
     def check_group(self, group: ParamGroup, read_device: bool) -> None:
         """Check the options of this class; see the base class."""
         check_betas(group["betas"], read_device=read_device)
-        if group["l1_mode"] == "prox":
+        if group.get("l1_mode") == "prox":
             raise ValueError(
                 "Invalid l1_mode value: 'prox' for Lion: the length of its step does not depend on "
                 "that of the gradient, so no threshold solves the Lasso. l1_mode='decoupled' "

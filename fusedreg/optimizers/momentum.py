@@ -8,13 +8,14 @@ told from a step count, because schedules change the momentum.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fusedreg.contract import UpdateRule
 from fusedreg.dist import whole
-from fusedreg.formats import Format
+from fusedreg.formats import planes_in
+from fusedreg.penalties.base import needs_gain
 from fusedreg.scalars import Count, Number, is_zero
 from fusedreg.types import Settings
 
@@ -39,19 +40,15 @@ def average(old: Tensor, new: Tensor, weight: Number) -> Tensor:
     return 2.0 * (base + factor * (half_new - half))
 
 
-def is_thresholded(group: Settings) -> bool:
-    """Whether the momentum mass sets an L1 threshold in this group."""
-    return group["l1_mode"] == "prox" and not is_zero(group["l1"])
-
-
-def check_mass_is_finite(group: Settings, *names: str) -> None:
+def check_mass_is_finite(rule: UpdateRule, group: Settings, *names: str) -> None:
     """Raise ValueError where the mass sets a threshold and would grow for ever.
 
     Args:
+        rule: the optimizer.
         group: the options.
         names: those that must then be below 1.
     """
-    if not is_thresholded(group) or is_zero(group["momentum"]):
+    if not needs_mass(rule, group):
         return
     for name in names:
         if not group[name] < 1:
@@ -61,20 +58,35 @@ def check_mass_is_finite(group: Settings, *names: str) -> None:
             )
 
 
-def initial_mass(
-    param: Tensor,
-    storage: Format,
-    buffer: Sequence[Tensor] | None,
-    momentum: Number,
-    dampening: Number = 0.0,
-) -> Tensor:
-    """A mass of 0, or its limit where there is a `buffer`, stored so, that has moved.
+def needs_mass(rule: UpdateRule, group: Settings) -> bool:
+    """Whether the momentum mass sets a threshold in this group."""
+    return not is_zero(group["momentum"]) and needs_gain(rule.penalties, group)
 
-    The buffer may be older than the mass, because l1 was turned on later. It counts as warmed up,
-    unless it is all zeros, because the first step was skipped.
+
+def create_mass(
+    rule: UpdateRule,
+    group: Settings,
+    param: Tensor,
+    state: dict[str, Tensor],
+    dampening: Number = 0.0,
+) -> None:
+    """Create the mass where the group needs it, before its buffer is created.
+
+    A buffer may be older than the mass, because l1 was turned on later. It counts as warmed up: the
+    mass is then at its limit. A buffer of zeros does not, because its first step was skipped.
     """
-    mass = MASS.create(param)
+    storage = rule.state_format(group, param)
+    buffer = planes_in(storage, state, "momentum_buffer")
     if buffer is None:
-        return mass
-    has_moved = whole(storage.load(buffer, torch.float32).any())
-    return torch.where(has_moved, mass + (1 - dampening) / (1 - momentum), mass)
+        state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
+    if "momentum_mass" in state or "momentum_mass" not in rule.counts_of(group):
+        return
+    mass = MASS.create(param)
+    if buffer is not None:
+        momentum = group["momentum"]
+        limit = (mass + (1 - dampening)) / (1 - momentum)
+        # Where there is no limit, any number but 0 tells that the first gradient was seen.
+        warm = torch.where((mass + momentum < 1) & (limit != 0), limit, 1.0)
+        has_moved = whole(storage.load(buffer, torch.float32).any())
+        mass = torch.where(has_moved, warm, mass)
+    state["momentum_mass"] = mass

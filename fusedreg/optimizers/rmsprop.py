@@ -11,14 +11,13 @@ from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
 from fusedreg.contract import Options
-from fusedreg.formats import planes_in
 from fusedreg.optimizer import FusedOptimizer
 from fusedreg.optimizers.momentum import (
     MASS,
     average,
     check_mass_is_finite,
-    initial_mass,
-    is_thresholded,
+    create_mass,
+    needs_mass,
 )
 from fusedreg.scalars import Count, Number, is_zero
 from fusedreg.types import ParamGroup, Settings, State, Update
@@ -142,22 +141,21 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         check_number("eps", group["eps"], read_device=read_device)
         check_number("momentum", group["momentum"], read_device=read_device)
         check_number("alpha", group["alpha"], below=1.0, read_device=read_device)
-        check_mass_is_finite(group, "momentum")
+        check_mass_is_finite(self, group, "momentum")
 
     def states(self, group: Settings) -> tuple[str, ...]:
         """The mean square, the buffer where there is momentum, the mean where it is centered."""
         buffer = () if is_zero(group["momentum"]) else ("momentum_buffer",)
         return ("square_avg", *buffer, *(("grad_avg",) if group["centered"] else ()))
 
+    def counts_of(self, group: Settings) -> tuple[str, ...]:
+        """The step, and the momentum mass where a threshold needs it."""
+        return ("step", "momentum_mass") if needs_mass(self, group) else ("step",)
+
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create what is missing, and the momentum mass where a threshold needs it."""
-        momentum, storage = group["momentum"], self.state_format(group, param)
-        buffer = planes_in(storage, state, "momentum_buffer")
-        if buffer is None:
-            state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
+        create_mass(self, group, param, state)
         super().init_state(group, param, state)
-        if is_thresholded(group) and not is_zero(momentum) and "momentum_mass" not in state:
-            state["momentum_mass"] = initial_mass(param, storage, buffer, momentum)
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""

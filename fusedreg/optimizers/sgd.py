@@ -14,9 +14,8 @@ from typing_extensions import Unpack
 
 from fusedreg.checks import check_number
 from fusedreg.contract import Options
-from fusedreg.formats import planes_in
 from fusedreg.optimizer import FusedOptimizer
-from fusedreg.optimizers.momentum import MASS, check_mass_is_finite, initial_mass, is_thresholded
+from fusedreg.optimizers.momentum import MASS, check_mass_is_finite, create_mass, needs_mass
 from fusedreg.scalars import Flag, Number, is_zero
 from fusedreg.types import ParamGroup, Settings, State, Update
 
@@ -147,25 +146,24 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
             raise ValueError(f"Invalid dampening value: {dampening} (expected a number)")
         if group["nesterov"] and (is_zero(group["momentum"]) or not is_zero(group["dampening"])):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        check_mass_is_finite(group, "momentum", "dampening")
+        check_mass_is_finite(self, group, "momentum", "dampening")
 
     def states(self, group: Settings) -> tuple[str, ...]:
         """The buffer where there is momentum."""
         return () if is_zero(group["momentum"]) else self.tensor_states
 
+    def counts_of(self, group: Settings) -> tuple[str, ...]:
+        """The momentum mass where a threshold needs it, or dampening.
+
+        The first gradient enters the buffer undamped. Only the mass tells which is the first.
+        """
+        damped = not is_zero(group["momentum"]) and not is_zero(group["dampening"])
+        return ("momentum_mass",) if damped or needs_mass(self, group) else ()
+
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create the buffer, and the momentum mass where it is needed."""
-        momentum, dampening = group["momentum"], group["dampening"]
-        storage = self.state_format(group, param)
-        buffer = planes_in(storage, state, "momentum_buffer")
-        if buffer is None:
-            state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
+        create_mass(self, group, param, state, group["dampening"])
         super().init_state(group, param, state)
-        if is_zero(momentum) or "momentum_mass" in state:
-            return
-        # The first gradient enters the buffer undamped; only the mass tells which is the first.
-        if is_thresholded(group) or (buffer is None and not is_zero(dampening)):
-            state["momentum_mass"] = initial_mass(param, storage, buffer, momentum, dampening)
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""

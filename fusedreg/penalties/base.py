@@ -17,12 +17,13 @@ one.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple, TypedDict
+from typing import ClassVar, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from fusedreg.kernels.contract import DeviceFunction, Stage
+from fusedreg.options import owner
 from fusedreg.scalars import Number
 from fusedreg.types import Settings
 
@@ -43,6 +44,8 @@ class Term(NamedTuple):
     The tensor of an option on a GPU is read there in every step. What is computed from it would be
     formed only once: the device function has to do that.
     """
+    uses_gain: bool = True
+    """Of the stage "prox": whether it uses the gain, so that momentum must keep its mass."""
 
 
 class Penalty:
@@ -51,12 +54,26 @@ class Penalty:
     options: ClassVar[type] = NoOptions
     """A TypedDict that declares its options; see options.py."""
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Raise if kernels would leave out what the reference path does."""
+        super().__init_subclass__(**kwargs)
+        for stage in get_args(Stage):
+            if owner(cls, stage) < owner(cls, "terms"):
+                raise TypeError(
+                    f"{cls.__name__} overrides {stage} but not terms, so kernels would leave it "
+                    "out: yield a Term with the device function that does the same from terms, or "
+                    "return None from it for the reference path"
+                )
+
     def check_param(self, group: Settings, param: Tensor) -> str | None:
         """Why a parameter cannot be in this group, None where it can."""
         return None
 
-    def terms(self, group: Settings) -> Iterable[Term]:
-        """What kernels must do for this group: nothing where the penalty is off."""
+    def terms(self, group: Settings) -> Iterable[Term] | None:
+        """What kernels must do for this group: nothing where the penalty is off.
+
+        None leaves all parameters of the group to the reference path.
+        """
         return ()
 
     def gradient(self, settings: Settings, grad: Tensor, w: Tensor) -> Tensor:
@@ -87,6 +104,15 @@ class Penalty:
         """The smallest and the largest subgradient of the penalty at each coordinate."""
         nothing = torch.zeros_like(w)
         return nothing, nothing
+
+
+def needs_gain(penalties: Iterable[Penalty], group: Settings) -> bool:
+    """Whether the proximal operator of any penalty uses the gain in this group."""
+    terms = [penalty.terms(group) for penalty in penalties]
+    return any(
+        of_one is None or any(term.stage == "prox" and term.uses_gain for term in of_one)
+        for of_one in terms
+    )
 
 
 def kkt_distance(

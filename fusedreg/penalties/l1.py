@@ -21,6 +21,7 @@ TERMS: dict[str, tuple[Stage, str]] = {
     "decoupled": ("prox", "l1_shrink"),
     "subgradient": ("gradient", "l1_subgradient"),
 }
+"""Mode -> the stage of the step at which it acts, and its device function."""
 
 
 def check_l1_mode(group: ParamGroup, name: str, _: bool) -> None:
@@ -59,8 +60,8 @@ class L1(Penalty):
     def terms(self, group: Settings) -> Iterable[Term]:
         """One hook, which depends on the mode."""
         if not is_zero(group["l1"]):
-            stage, function = TERMS[group["l1_mode"]]
-            yield Term(stage, function, (group["l1"],))
+            mode = group["l1_mode"]
+            yield Term(*TERMS[mode], (group["l1"],), uses_gain=mode == "prox")
 
     def gradient(self, settings: Settings, grad: Tensor, w: Tensor) -> Tensor:
         """`l1 * sign(w)`, in the mode "subgradient"."""

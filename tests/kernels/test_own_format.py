@@ -163,7 +163,7 @@ def test_a_format_without_codec_takes_the_reference_path() -> None:
     )
     step([slow, plain], 2, seed=1)
     assert_equal(slow, plain)
-    assert slow.launches == 0
+    assert (slow.backend, slow.launches) == ("reference", 0)
 
 
 @pytest.mark.parametrize("how", ["reference", "default"])
@@ -195,3 +195,67 @@ def test_a_subclass_of_plain_is_no_plain_format(how: str) -> None:
     doubled.load_state_dict(plain.state_dict())
     step([doubled, plain], 1, seed=2)
     assert_equal(doubled, plain)
+
+
+class Halves(Bits):
+    """The same numbers in two planes."""
+
+    suffixes = ("_high", "_low")
+    codec = None
+
+    def create(self, param: Tensor, value: Number) -> Sequence[Tensor]:
+        return self.from_checkpoint(torch.full_like(param, value))
+
+    def load(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return (planes[0] + planes[1]).to(dtype)
+
+    def store(self, value: Tensor, planes: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.from_checkpoint(value)
+
+    def to_checkpoint(self, planes: Sequence[Tensor]) -> Tensor:
+        return planes[0] + planes[1]
+
+    def from_checkpoint(self, value: Tensor) -> Sequence[Tensor]:
+        high = value.to(torch.bfloat16).to(value.dtype)
+        return high, value - high
+
+
+@cache
+def in_halves(cls: type[fusedreg.FusedOptimizer]) -> Any:
+    return type(f"{cls.__name__}InHalves", (cls,), {"state_format": lambda *_: Halves()})
+
+
+def test_a_state_of_which_a_part_is_missing_is_named() -> None:
+    optimizer = in_halves(fusedreg.Adam)(parameters(shapes=[(9,)]))
+    step([optimizer], 1, seed=1)
+    (param,) = optimizer.param_groups[0]["params"]
+    del optimizer.state[param]["exp_avg_low"]
+    with pytest.raises(RuntimeError, match=r"'exp_avg' lacks 'exp_avg_low'.*to begin anew"):
+        step([optimizer], 1, seed=2)
+    optimizer.state[param]["exp_avg_high"] = None  # which begins anew too
+    step([optimizer], 1, seed=2)
+    assert optimizer.state[param]["exp_avg_low"].shape == (9,)
+
+
+def test_adagrad_shares_what_its_sum_is_stored_in() -> None:
+    params = parameters(shapes=[(9,), (4,)])
+    optimizer = in_halves(fusedreg.Adagrad)(params)
+    optimizer.share_memory()
+    for param in params:
+        assert all(optimizer.state[param][f"sum_{half}"].is_shared() for half in ("high", "low"))
+
+
+@pytest.mark.parametrize("stored", [stored_as_bits, in_halves, lambda cls: cls])
+def test_hooks_see_the_state_dict_that_is_returned(stored: Any) -> None:
+    """They see states, not planes, may write into it, and may return something else."""
+    optimizer = stored(fusedreg.Adam)(parameters(shapes=[(9,)]))
+    step([optimizer], 1, seed=1)
+    seen: list[Any] = []
+    optimizer.register_state_dict_post_hook(lambda _, saved: seen.append(saved))
+    saved = optimizer.state_dict()
+    assert saved is seen[0]
+    assert {*saved["state"][0]} == {"step", "exp_avg", "exp_avg_sq"}
+    optimizer.register_state_dict_post_hook(lambda _, saved: saved["state"].clear())
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.register_state_dict_post_hook(lambda _, saved: {"optimizer": saved})
+    assert {*optimizer.state_dict()} == {"optimizer"}

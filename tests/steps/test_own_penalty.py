@@ -50,7 +50,7 @@ class Bound(Penalty):
 
     def terms(self, group: Mapping[str, Any]) -> Iterable[Term]:
         if group["bound"] < INFINITY:
-            yield Term("prox", project, (group["bound"],))
+            yield Term("prox", project, (group["bound"],), uses_gain=False)
 
     def prox(self, settings: Mapping[str, Any], w: Tensor, rate: Number, gain: Number) -> Tensor:
         return w.clamp(-settings["bound"], settings["bound"])

@@ -19,18 +19,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from jobs import DTYPES, METHODS, SHAPES, Job, count, jobs
-from measure import Machine, fusedreg_on, host_seconds, milliseconds, rounds, spread
+from jobs import DTYPES, METHODS, SHAPES, Job, jobs
+from measure import Machine, affordable, fusedreg_on, host_seconds, milliseconds, rounds, spread
 from verify import Setting
 
 import fusedreg
+from fusedreg.cases import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -79,10 +79,8 @@ def digests() -> dict[str, dict[str, str]]:
     tests = Path(fusedreg.__file__).parents[1] / "tests"
     sys.path[:0] = [str(tests), str(tests / "lib")]
     import_module("interpreter")  # rounds to bfloat16 as a GPU does
-    # Older commits have the table elsewhere.
-    table = "fusedreg.check.cases" if find_spec("fusedreg.check.cases") else "fusedreg.cases"
     found = {}
-    for path, case, dtype, clip in product(SIZES, import_module(table).CASES, FLOATS, (None, 0.5)):
+    for path, case, dtype, clip in product(SIZES, CASES, FLOATS, (None, 0.5)):
         generator = torch.Generator().manual_seed(3)
         values = [torch.randn(shape, generator=generator).to(dtype) for shape in SIZES[path]]
         params = list(map(torch.nn.Parameter, values))
@@ -123,12 +121,10 @@ def main() -> None:
 def compare_versions(ref: str, machine: Machine, quick: bool) -> None:
     """Print whether both give the same bits, and the ratio of their times in turns, A B B A."""
     with versions(ref) as processes:
-        for job in jobs(machine.dry, quick, gpu=False):
+        for job in jobs(machine.dry, quick):
             if job.kind not in ("model", "size", "tensors"):
                 continue
-            # Parameters, gradients and states of both processes.
-            need = 2.4 * count(SHAPES[job.model]) * (6 + METHODS[job.method].states)
-            if machine.left() < 0 or need * DTYPES[job.dtype].itemsize > machine.free_memory():
+            if machine.left() < 0 or affordable(job, machine) < 8:  # each version needs its own
                 print(f"{job}: left out, no {'time' if machine.left() < 0 else 'memory'}")
                 continue
             try:

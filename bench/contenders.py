@@ -122,10 +122,9 @@ def of_torch(groups: ParamGroups, task: Task, **options: Any) -> Contender:
     return theirs(getattr(torch.optim, task.method.cls), groups, task, **options)
 
 
-def compiled(groups: ParamGroups, task: Task, how: str, backend: str) -> Contender:
+def compiled(groups: ParamGroups, task: Task, backend: str) -> Contender:
     """torch.compile of torch's clipping and step."""
-    torch.compiler.reset()  # of others, whose code is the same
-    contender = of_torch(groups, task, **{how: True})
+    contender = of_torch(groups, task, foreach=True)
     return Contender(contender.optimizer, {"step": torch.compile(contender.step, backend=backend)})
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,5 @@ def bytes_per_parameter(axes: Axes, rows: Rows, _report: Report) -> str:
     return "float32 with loss scale and clipping: bytes that a step moves"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="with the bench.json of a run")
-    print(*(path.name for path in draw(parser.parse_args().folder)), sep="\n")
-
-
 if __name__ == "__main__":
-    main()
+    print(*(path.name for path in draw(Path(sys.argv[1]))), sep="\n")

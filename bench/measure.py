@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def host_seconds(call: Callable[[], object], machine: Machine) -> float:
 
 
 def rounds(
-    timed: Mapping[str, Sequence[Callable[[], float]]],
+    timed: dict[str, list[Callable[[], float]]],
     machine: Machine,
     before: Callable[[], object],
     least: int = LEAST,
@@ -92,16 +92,13 @@ def rounds(
     """The milliseconds that the calls of each give in each round: A B, B A, in an even number of
     rounds, so that none always follows the same other one. `before` each contender is untimed."""
     times: dict[str, list[list[float]]] = {name: [] for name in timed}
-    begin, order = time.monotonic(), list(timed)
-    for done in range(most):
-        spent = time.monotonic() - begin
-        late = done >= least and (spent > machine.seconds or machine.left() < 0)
-        if (machine.dry and done) or (late and done % 2 == 0):
+    until = min(machine.deadline, time.monotonic() + machine.seconds)
+    for done in range(0, most, 2):
+        if done and (machine.dry or (done >= least and time.monotonic() > until)):
             break
-        for name in order:
+        for name in [*timed] if machine.dry else [*timed, *reversed(timed)]:
             before()
             times[name].append([call() for call in timed[name]])
-        order.reverse()
     return times
 
 
@@ -111,10 +108,7 @@ def bandwidths(machine: Machine) -> dict[str, float]:
     size = 2**14 if machine.dry else 2**29 if machine.on_gpu else 2**27
     source = torch.randn(size, device=machine.device)
     target = source.clone()
-    calls: dict[str, Any] = {
-        "copy": lambda: target.copy_(source),
-        "in_place": lambda: source.mul_(1),
-    }
+    calls = {"copy": partial(target.copy_, source), "in_place": partial(source.mul_, 1)}
     timed = {name: [partial(milliseconds, call, machine)] for name, call in calls.items()}
     times = rounds(timed, machine, before=machine.wait)
     moved = 2e-6 * source.nbytes
@@ -140,12 +134,11 @@ def participants(job: Job, machine: Machine) -> tuple[dict[str, Maker], dict[str
     """Who takes part in a comparison, and why others do not."""
     makers, missing = contenders(METHODS[job.method])
     makers["fusedreg"] = fusedreg_on(machine)
-    if job.compiled:
-        backend = "eager" if machine.dry else "inductor"
-        how = partial(compiled, how=job.compiled, backend=backend)
-        return {"fusedreg": makers["fusedreg"], f"torch.compile {job.compiled}": how}, {}
     if job.kind == "parts":
         return {name: makers[name] for name in ("fusedreg", "torch fused", "torch foreach")}, {}
+    if job.kind == "compiled":
+        how = partial(compiled, backend="eager" if machine.dry else "inductor")
+        return {"fusedreg": makers["fusedreg"], "torch.compile foreach": how}, {}
     # Where it is cheap the readable path is timed too, for what torch lacks and, on a CPU, for one
     # other method.
     if count(SHAPES[job.model]) > READABLE:
@@ -164,8 +157,9 @@ def affordable(job: Job, machine: Machine) -> int:
     return int((0.9 * machine.free_memory() / one - shared) // METHODS[job.method].states)
 
 
-def timed(calls: Any, contender: Contender, machine: Machine) -> list[Callable[[], float]]:
-    """The milliseconds of each call, for `rounds`."""
+def timed(contender: Contender, machine: Machine, parts: bool = False) -> list[Callable[[], float]]:
+    """What gives the milliseconds of its step, or of each part of that."""
+    calls = contender.parts.values() if parts else [contender.step]
     return [partial(milliseconds, call, machine, contender.host) for call in calls]
 
 
@@ -184,9 +178,6 @@ def compare(job: Job, makers: dict[str, Maker], machine: Machine) -> list[Row]:
     task = setting.task(METHODS[job.method], job.clip)
     setting.expected(task)  # before others take memory
     made: dict[str, Contender] = {}
-    head = {**asdict(job), "scaled": job.scaled, "parameters": count(shapes)}
-    head |= {"tensors": len(setting.params), "groups": len(shapes)}
-    del head["compiled"]
     rows: dict[str, list[Row]] = {}
     for name, make in makers.items():
         try:
@@ -195,50 +186,42 @@ def compare(job: Job, makers: dict[str, Maker], machine: Machine) -> list[Row]:
             failed = {"implementation": name, "part": "all", "matches": False}
             rows[name] = [{**failed, "verdict": reason(error)}]
         release(machine)  # when the error, which holds on to its tensors, is gone
-    times = rounds(
-        {
-            name: timed(one.parts.values() if job.kind == "parts" else [one.step], one, machine)
-            for name, one in made.items()
-        },
-        machine,
-        setting.set_grads,
-    )
-    for name in made:
-        rows[name] = rows_of(name, made, times, job, machine)
+    calls = {name: timed(one, machine, job.kind == "parts") for name, one in made.items()}
+    times = rounds(calls, machine, setting.set_grads)
+    rows |= {name: rows_of(name, made, times, job, machine) for name in made}
+    head = {**asdict(job), "scaled": job.scaled, "parameters": count(shapes)}
+    head |= {"tensors": len(setting.params), "groups": len(shapes)}
     return [{**head, **row} for name in makers for row in rows[name]]
 
 
 def rows_of(name: str, made: dict[str, Contender], times: Any, job: Job, machine: Any) -> list[Row]:
     """The whole step, and its parts where they were timed."""
     contender, ours, method = made[name], made.get("fusedreg"), METHODS[job.method]
-    shown = f"{name} ({contender.backend})" if name == "fusedreg" else name
-    moved, size = moved_numbers(method, job.clip, job.scaled, shown), DTYPES[job.dtype].itemsize
-    needed, whole, verdict = size * needed_numbers(method, job.clip), times[name], contender.verdict
-    same = {"implementation": shown, "backend": contender.backend, "rounds": len(whole)}
-    same |= {"matches": verdict.matches, "verdict": str(verdict)}
+    size, whole, verdict = DTYPES[job.dtype].itemsize, times[name], contender.verdict
+    same = {"implementation": name, "backend": contender.backend, "rounds": len(whole)}
+    same |= {"matches": verdict.matches, "verdict": verdict.text}
+    if name == "fusedreg":
+        same["implementation"] = f"{name} ({contender.backend})"
     ratios: Any = [None] * 3
     if verdict.matches and ours and ours.verdict.matches:
         ratios = spread([sum(a) / sum(b) for a, b in zip(whole, times["fusedreg"], strict=True)])
     elif verdict.matches:
         same["verdict"] = "no ratio: fusedreg's results differ or it failed"
-    row = {
-        **same,
-        "part": "all",
-        **in_ms(map(sum, whole)),
-        **dict(zip(("ratio", "ratio_p20", "ratio_p80"), ratios, strict=True)),
-        "error_of_bound": verdict.of_bound,
-        "needed_bytes": needed,
-        "moved_bytes": size * sum(moved.values()) if moved else None,
-        "host_us": 1e6 * contender.host if machine.on_gpu else None,
-        "launches": getattr(contender.optimizer, "launches", None),
-    }
-    row["gb_per_s"] = needed * count(SHAPES[job.model]) / (1e6 * row["ms"])
-    row["of_bandwidth"] = 1e9 * row["gb_per_s"] / machine.bandwidth
+    numbers = moved_numbers(method, job.clip, job.scaled, same["implementation"])
+    moved = {part: size * number for part, number in numbers.items()}
+    row = {**same, "part": "all", **in_ms(map(sum, whole))}
+    row |= dict(zip(("ratio", "ratio_p20", "ratio_p80"), ratios, strict=True))
+    row |= {"error_of_bound": verdict.of_bound, "moved_bytes": sum(moved.values()) or None}
+    row["needed_bytes"] = size * needed_numbers(method, job.clip)
+    row["host_us"] = 1e6 * contender.host if machine.on_gpu else None
+    row["launches"] = getattr(contender.optimizer, "launches", None)
+    per_second = 1e3 * row["needed_bytes"] * count(SHAPES[job.model]) / row["ms"]
+    row["of_bandwidth"] = per_second / machine.bandwidth
     if job.kind != "parts":
         return [row]
     parts = zip(contender.parts, zip(*whole, strict=True), strict=True)
-    of = {part: size * moved[part] if moved else None for part in contender.parts}
-    return [row, *({**same, "part": p, **in_ms(ms), "moved_bytes": of[p]} for p, ms in parts)]
+    more = ({**same, "part": p, **in_ms(ms), "moved_bytes": moved.get(p)} for p, ms in parts)
+    return [row, *more]
 
 
 def in_ms(times: Any) -> Row:

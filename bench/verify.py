@@ -18,6 +18,8 @@ from contenders import Contender, Task, make_groups
 from jobs import CLIP_SHARE, SCALE, Groups, Method
 from torch import Tensor
 
+from fusedreg.check import oracle
+
 sys.path.append(str(Path(__file__).parents[1] / "tests/lib"))
 import intervals  # what the tests judge random programs by
 from intervals import Interval, Precision
@@ -56,8 +58,6 @@ def error(x: Interval) -> Tensor:
 
 def one_step(slot: Any, grad: Interval, lr: Interval, method: Method) -> None:
     """A step of the oracle; the norms of a trust ratio are those of the middles, about."""
-    from fusedreg.check import oracle  # noqa: PLC0415  # another commit may lack it
-
     before, norm = slot.w, torch.linalg.vector_norm
     oracle.one_step(slot, grad, method.case, lr=lr)
     if method.layerwise:
@@ -71,17 +71,14 @@ intervals.FUNCTIONS[torch.linalg.norm] = lambda x: torch.linalg.norm(middle(x))
 
 
 class Verdict(NamedTuple):
-    """The largest error over its bound, and what is to be said of it."""
+    """The largest error over its bound, and by how much results differ that are out of bounds."""
 
     of_bound: float
-    differs: str
+    text: str
 
     @property
     def matches(self) -> bool:
-        return self.of_bound <= 1  # and not NaN
-
-    def __str__(self) -> str:
-        return "" if self.matches else self.differs
+        return not self.text
 
 
 class Setting:
@@ -130,8 +127,6 @@ class Setting:
 
     def _expected(self, task: Task) -> tuple[Tensor, Tensor]:
         """The oracle after the steps, and how far from it each element of the sample may be."""
-        from fusedreg.check.oracle import Slot  # noqa: PLC0415  # as above
-
         method = task.method
 
         def read(tensors: list[Any], factor: float = 1.0, relative: float = 0.0) -> list[Interval]:
@@ -140,7 +135,7 @@ class Setting:
             parts = parts if method.layerwise else torch.cat(parts).split(2**14)
             return [around(x, relative * x.abs(), self.dtype) for x in parts]
 
-        slots: list[Any] = [Slot(w) for w in read(self.values)]
+        slots: list[Any] = [oracle.Slot(w) for w in read(self.values)]
         rates = [
             torch.tensor(group["lr"], dtype=torch.float64, device=w.device).expand(w.shape)
             for group in self.groups
@@ -177,5 +172,6 @@ class Setting:
         value, bound = self.expected(task)
         off = torch.where(bound.isinf() & sample.isfinite(), 0.0, (sample - value).abs())
         worst = int((off / bound).nan_to_num(nan=torch.inf, posinf=torch.inf).argmax())
-        told = f"results differ: by {off[worst]:.1e}, where {bound[worst]:.1e} is allowed"
-        return Verdict(float(off[worst] / bound[worst]), told)
+        of_bound = float(off[worst] / bound[worst])
+        differ = f"results differ: by {off[worst]:.1e}, where {bound[worst]:.1e} is allowed"
+        return Verdict(of_bound, "" if of_bound <= 1 else differ)  # also of a NaN

@@ -23,20 +23,20 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jobs import DTYPES, METHODS, SHAPES, Job, jobs
-from measure import Machine, affordable, fusedreg_on, host_seconds, milliseconds, rounds, spread
+from measure import Machine, affordable, fusedreg_on, host_seconds, rounds, spread, timed
 from verify import Setting
 
 import fusedreg
-from fusedreg.cases import CASES
+from fusedreg import cases
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # By path; an interpreter takes its time.
 SIZES = {"default": [(37,), (5, 7), (1,), (0,), (40, 33)], "fused": [(37,), (5, 7), (1100,)]}
-MADE: dict[str, Callable[[], float]] = {}  # a timed step, in the process of a version
+CALLS: list[Callable[[], Any]] = []  # for a timed step, in the process of a version
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def digests() -> dict[str, dict[str, str]]:
     sys.path[:0] = [str(tests), str(tests / "lib")]
     import_module("interpreter")  # rounds to bfloat16 as a GPU does
     found = {}
-    for path, case, dtype, clip in product(SIZES, CASES, FLOATS, (None, 0.5)):
+    for path, case, dtype, clip in product(SIZES, cases.CASES, cases.DTYPES, (None, 0.5)):
         generator = torch.Generator().manual_seed(3)
         values = [torch.randn(shape, generator=generator).to(dtype) for shape in SIZES[path]]
         params = list(map(torch.nn.Parameter, values))
@@ -122,17 +122,17 @@ def compare_versions(ref: str, machine: Machine, quick: bool) -> None:
     """Print whether both give the same bits, and the ratio of their times in turns, A B B A."""
     with versions(ref) as processes:
         for job in jobs(machine.dry, quick):
-            if job.kind not in ("model", "size", "tensors"):
+            if job.kind in {"parts", "compiled"}:
                 continue
             if machine.left() < 0 or affordable(job, machine) < 8:  # each version needs its own
                 print(f"{job}: left out, no {'time' if machine.left() < 0 else 'memory'}")
                 continue
             try:
-                found = {who: p.submit(make, job, machine).result() for who, p in processes.items()}
+                found = {p.submit(make, job, machine).result() for p in processes.values()}
             except AttributeError as error:  # a commit lacks the class
                 print(f"{job}: {error}")
                 continue
-            bits = "bitwise equal" if len(set(found.values())) == 1 else "not bitwise equal"
+            bits = "bitwise equal" if len(found) == 1 else "not bitwise equal"
             steps = {who: [lambda p=p: p.submit(step).result()] for who, p in processes.items()}
             times = rounds(steps, machine, before=machine.wait)
             base, this = ([ms for (ms,) in each] for each in times.values())
@@ -144,22 +144,17 @@ def compare_versions(ref: str, machine: Machine, quick: bool) -> None:
 def make(job: Job, machine: Machine) -> str:
     """Make an optimizer and take its first steps; the digest of the parameters."""
     setting = Setting(SHAPES[job.model], DTYPES[job.dtype], machine.device)
-    task = setting.task(METHODS[job.method], job.clip)
-    contender = fusedreg_on(machine)(setting.groups, task)
+    contender = fusedreg_on(machine)(setting.groups, setting.task(METHODS[job.method], job.clip))
     setting.take_steps(contender)
-    found, host = digest(*setting.params), host_seconds(contender.step, machine)
-
-    def timed() -> float:
-        setting.set_grads()
-        machine.wait()
-        return milliseconds(contender.step, machine, host)
-
-    MADE["step"] = timed
+    found = digest(*setting.params)
+    contender.host = host_seconds(contender.step, machine)
+    CALLS[:] = [setting.set_grads, machine.wait, *timed(contender, machine)]
     return found
 
 
-def step() -> float:
-    return MADE["step"]()
+def step() -> Any:
+    """The milliseconds of one more."""
+    return [call() for call in CALLS][-1]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from math import inf
 from typing import Any
 
 import torch
-from jobs import LR, SCALE, Groups, Method
+from jobs import LR, METHODS, SCALE, Groups, Method
 from torch import nn
 
 import fusedreg
@@ -168,6 +168,7 @@ def contenders(method: Method) -> tuple[dict[str, Maker], dict[str, str]]:
         options = {"weight_decay": method.kwargs.get("weight_decay", 0.0), "lr": LR}
         options |= OPTIONS_OF_OTHERS.get(classes[method.cls], {})
         found[name] = partial(theirs, cls, **options)
-    if not method.ways_of_torch:
+    # The readable path, for what torch lacks and for one other method.
+    if not method.ways_of_torch or method is METHODS["AdamW"]:
         found[REFERENCE] = partial(own, fused=False)
     return found, missing

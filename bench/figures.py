@@ -51,15 +51,15 @@ def draw(folder: Path) -> list[Path]:
         tidy(axes)
         axes.legend(fontsize=9, frameon=False, loc="best")
         if wrong:
-            note = "Left out because their results differ: " + ", ".join(wrong)
-            where: Any = {"xycoords": axes.get_yaxis_transform(), "ha": "right"}
-            axes.annotate(note, (0.99, 0.01), (0, 0), **NOTE, **where)
-        for ending in ("svg", "png"):
-            written.append(folder / f"{name}.{ending}")
-            # The same numbers give the same file: no date, and names within it that do not vary.
-            same: Any = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": 150}
-            with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-                figure.savefig(written[-1], **same)
+            text = "Left out because their results differ: " + ", ".join(wrong)
+            across = axes.get_yaxis_transform()
+            axes.annotate(text, (0.99, 0.01), (0, 0), xycoords=across, ha="right", **NOTE)
+        svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+        # The same numbers give the same file: no date, and names within it that do not vary.
+        with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+            figure.savefig(svg, metadata={"Date": None})
+        figure.savefig(png, dpi=150)
+        written += [svg, png]
     return written
 
 
@@ -81,12 +81,11 @@ def bandwidth_by_size(axes: Axes, rows: Rows, report: Report) -> str:
     lines(axes, rows, "parameters", "of_bandwidth")
     axes.axhline(1, color=QUIET, linewidth=0.8, linestyle=":")
     text = f"a large tensor, {max(report['copy_gb_per_s'], report['in_place_gb_per_s']):.0f} GB/s"
-    where: Any = {"xycoords": axes.get_yaxis_transform(), "ha": "left"}
-    axes.annotate(text, (0.01, 1), (0, 3), **NOTE, **where)
+    across = axes.get_yaxis_transform()  # a share of the width, and a value
+    axes.annotate(text, (0.01, 1), (0, 3), xycoords=across, ha="left", **NOTE)
     axes.set(xscale="log", xlabel="parameters, in 16 tensors")
-    axes.set_ylabel("needed bytes / time, of the bandwidth")
+    axes.set(ylim=(0, None), ylabel="needed bytes / time, of the bandwidth")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_ylim(bottom=0)
     return "AdamW with clipping, float32: share of the memory bandwidth"
 
 
@@ -94,14 +93,13 @@ def time_by_tensors(axes: Axes, rows: Rows, _report: Report) -> str:
     """What many tensors cost, the number of parameters being the same."""
     lines(axes, rows, "tensors", "ms")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sorted({row["tensors"] for row in rows}))
+    axes.set(yscale="log", xticks=sorted({row["tensors"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(f"tensors, of {max(row['parameters'] for row in rows):,} parameters together")
-    axes.set_ylabel("milliseconds of a step")
+    numel = max(row["parameters"] for row in rows)
+    axes.set(xlabel=f"tensors, of {numel:,} parameters together", ylabel="milliseconds of a step")
     return "AdamW with clipping, float32: time of a step by the number of tensors"
 
 

@@ -46,11 +46,7 @@ class Method:
 
     @property
     def ways_of_torch(self) -> tuple[str, ...]:
-        """How torch.optim computes it; () where it does not.
-
-        >>> METHODS["RMSprop"].ways_of_torch, METHODS["Lion"].ways_of_torch
-        (('foreach', 'for-loop'), ())
-        """
+        """How torch.optim computes it; () where it does not."""
         cls = getattr(torch.optim, self.cls, None)
         fused = cls is not None and "fused" in inspect.signature(cls).parameters
         return (*["fused"] * fused, *["foreach", "for-loop"] * (cls is not None))

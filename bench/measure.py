@@ -139,12 +139,8 @@ def participants(job: Job, machine: Machine) -> tuple[dict[str, Maker], dict[str
     if job.kind == "compiled":
         how = partial(compiled, backend="eager" if machine.dry else "inductor")
         return {"fusedreg": makers["fusedreg"], "torch.compile foreach": how}, {}
-    # Where it is cheap the readable path is timed too, for what torch lacks and, on a CPU, for one
-    # other method.
     if count(SHAPES[job.model]) > READABLE:
         makers.pop(REFERENCE, None)
-    elif (job.method, job.dtype, job.clip, machine.on_gpu) == ("AdamW", "float32", True, False):
-        makers[REFERENCE] = partial(own, fused=False)
     return makers, missing
 
 
@@ -183,8 +179,8 @@ def compare(job: Job, makers: dict[str, Maker], machine: Machine) -> list[Row]:
         try:
             made[name] = prepare(make, setting, task, machine)
         except Exception as error:  # whatever it is, the others shall be timed
-            failed = {"implementation": name, "part": "all", "matches": False}
-            rows[name] = [{**failed, "verdict": reason(error)}]
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows[name] = [{"implementation": name, "part": "all", "matches": False, "verdict": why}]
         release(machine)  # when the error, which holds on to its tensors, is gone
     calls = {name: timed(one, machine, job.kind == "parts") for name, one in made.items()}
     times = rounds(calls, machine, setting.set_grads)
@@ -226,11 +222,6 @@ def rows_of(name: str, made: dict[str, Contender], times: Any, job: Job, machine
 
 def in_ms(times: Any) -> Row:
     return dict(zip(("ms", "p20", "p80"), spread(list(times)), strict=True))
-
-
-def reason(error: Exception) -> str:
-    """In one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def release(machine: Machine) -> None:

@@ -206,21 +206,12 @@ def results(folder: Path) -> str:
     )
 
 
-def slug(machine: dict[str, Any]) -> str:
-    """A folder name for the device.
-
-    >>> slug({"cpu": "AMD EPYC", "cores": 2}), slug({"cores": 2, "gpu": "NVIDIA H100 80GB HBM3"})
-    ('amd-epyc-2-cores-cpu', 'nvidia-h100-80gb-hbm3')
-    """
-    cpu = machine.get("cpu") or machine.get("architecture")
-    name = machine.get("gpu") or f"{cpu} {machine['cores']} cores cpu"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def main() -> None:
     folder = Path(sys.argv[1]).resolve() if sys.argv[1:] else LATEST
     machine = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["machine"]
-    kept = LATEST.parent / slug(machine)
+    cpu = machine["cpu"] or machine["architecture"]
+    name = machine.get("gpu") or f"{cpu} {machine['cores']} cores cpu"
+    kept = LATEST.parent / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if kept != folder:
         shutil.copytree(folder, kept, dirs_exist_ok=True)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

@@ -27,60 +27,56 @@ from rich.progress import track
 from verify import Setting
 
 FOR_TARGETS = 0.75  # of the time, at most: they come first
-RULES = ("AdamW", "Adam + L2", "SGD momentum")
+RULES, WITH_L1 = ("AdamW", "Adam + L2", "SGD momentum"), " + L1"
 PAIRS = 1000  # rounds of a pair: a hundred steps of a small model are over in milliseconds
 MAKERS: dict[str, Maker] = {**TORCH, "fusedreg": own, "torch default": of_torch}
 MAKERS[REFERENCE] = partial(own, fused=False)
 shown = partial(track, console=Console(stderr=True), transient=True)
 
 
-class Arm(NamedTuple):
-    """Who makes a step, and of which method."""
-
-    who: str
-    method: str
-    clip: bool = True
-
-    def name(self, path: str = "") -> str:
-        return self.who + path + " + L1" * bool(METHODS[self.method].l1)  # one of a pair has it
-
-
 class Target(NamedTuple):
-    """A limit for the time of `over`, divided by that of `under`."""
+    """A limit for the time of one arm over that of another."""
 
     model: str
-    over: Arm
-    under: Arm
+    rule: str
+    over: str
+    under: str
     limit: float
-    at_least: bool = False
-    first_step: bool = False  # the difference of the seconds of first steps, instead
+    clip: bool = True
+
+    @property
+    def at_least(self) -> bool:
+        return self.over.startswith("torch")  # which is to take longer
+
+    @property
+    def unit(self) -> str:
+        return " s" * (self.under == REFERENCE)  # how much longer the first step is, instead
 
     @property
     def wanted(self) -> str:
-        return f"at {'least' if self.at_least else 'most'} {self.limit:g}{' s' * self.first_step}"
+        return f"at {'least' if self.at_least else 'most'} {self.limit:g}{self.unit}"
 
     def __str__(self) -> str:
-        how = ", clipped" * self.over.clip + ": first step" * self.first_step
-        return self.over.method + how
+        rule = self.rule + WITH_L1 * self.over.endswith(WITH_L1)
+        return rule + ", clipped" * self.clip + ": first step" * bool(self.unit)
 
 
 def targets(dry: bool) -> list[Target]:
     """All, in the order of the table: small models first, and of a model first what is fast."""
     small, many, *large = TINY if dry else OF_TARGETS
-    us, torch_fused, adamw = "fusedreg", "torch fused", Arm("fusedreg", "AdamW")
+    us, torch_fused = "fusedreg", "torch fused"
 
-    def pairs(model: str, over: str, under: str, limit: float, clip: bool = True) -> list[Target]:
-        arms = [(Arm(over, of, clip), Arm(under, of, clip)) for of in RULES]
-        return [Target(model, *pair, limit, at_least=under == us) for pair in arms]
+    def each(model: str, over: str, under: str, limit: float, clip: bool = True) -> list[Target]:
+        return [Target(model, rule, over, under, limit, clip) for rule in RULES]
 
-    found = [Target(small, adamw, Arm(REFERENCE, "AdamW"), 1, first_step=True)]
-    found += [*pairs(small, us, torch_fused, 1), *pairs(small, us, torch_fused, 1, clip=False)]
-    found += pairs(many, torch_fused, us, 1.3)[:1]
+    found = [Target(small, "AdamW", us, REFERENCE, 1)]
+    found += [*each(small, us, torch_fused, 1), *each(small, us, torch_fused, 1, clip=False)]
+    found.append(Target(many, "AdamW", torch_fused, us, 1.3))
     for model in large:
-        found += pairs(model, torch_fused, us, 1.3)
-        found += pairs(model, us, torch_fused, 1.05, clip=False)
-        found.append(Target(model, Arm(us, "AdamW + L1"), adamw, 1.25))
-        found += pairs(model, "torch default", us, 5)
+        found += each(model, torch_fused, us, 1.3)
+        found += each(model, us, torch_fused, 1.05, clip=False)
+        found.append(Target(model, "AdamW", us + WITH_L1, us, 1.25))
+        found += each(model, "torch default", us, 5)
     return found
 
 
@@ -92,16 +88,13 @@ def measure_targets(machine: Machine) -> list[Row]:
         # Made by the first that is measured.
         setting = cache(partial(Setting, SHAPES[model], torch.float32, machine.device))
         for target in some:
-            arms = [target.over.name(), target.under.name()]
-            row = {"what": str(target), "model": model, "arms": arms, "target": target.wanted}
-            row |= {"unit": " s" * target.first_step, "met": False}
+            row = {"what": str(target), "model": model, "arms": [target.over, target.under]}
+            row |= {"target": target.wanted, "unit": target.unit, "met": False}
             row |= dict.fromkeys(("value", "p20", "p80", "rounds", "ms"))
-            if machine.left() < 0:
-                row["verdict"] = "not measured: time"
-            elif fits:
-                row |= measured(target, setting(), machine)
+            if machine.left() < 0 or not fits:
+                row["verdict"] = f"not measured: {'time' if fits else 'memory'}"
             else:
-                row["verdict"] = "not measured: memory"
+                row |= measured(target, setting(), machine)
             release(machine)
             rows.append(row)
     return rows
@@ -110,23 +103,25 @@ def measure_targets(machine: Machine) -> list[Row]:
 def measured(target: Target, setting: Setting, machine: Machine) -> Row:
     """Value, spread and verdict; has missed the target where fusedreg's results are wrong."""
     arms, notes, calls = [], [], {}
-    for place, arm in enumerate((target.over, target.under)):
-        task = setting.task(METHODS[arm.method], arm.clip)
-        contender = prepare(MAKERS[arm.who], setting, task, machine)
-        arms.append(arm.name(f" ({contender.backend})" if arm.who == "fusedreg" else ""))
+    for who in (target.over, target.under):
+        method = METHODS[target.rule + WITH_L1 * who.endswith(WITH_L1)]
+        make, task = MAKERS[who.removesuffix(WITH_L1)], setting.task(method, target.clip)
+        contender = prepare(make, setting, task, machine)
         if not contender.verdict.matches:
-            notes.append(f"{arm.who}: {contender.verdict.text}")
+            notes.append(f"{who}: {contender.verdict.text}")
             # torch's norm of GPT-2's embedding is inexact on a CPU, by 3e-3.
-            if not arm.who.startswith("torch"):
+            if not who.startswith("torch"):
                 return {"verdict": "; ".join(["missed", *notes])}
-        calls[str(place)] = measure.timed(contender, machine)
-        if target.first_step:
-            calls[str(place)] = [partial(in_process, target.model, arm)]
-    least, most = (4, 4) if target.first_step else (LEAST, PAIRS)
+        calls[who] = measure.timed(contender, machine)
+        if target.unit:
+            calls[who] = [partial(in_process, target.model, make, task)]
+        path = f"fusedreg ({contender.backend})"
+        arms.append(who if who == REFERENCE else who.replace("fusedreg", path))
+    least, most = (4, 4) if target.unit else (LEAST, PAIRS)
     found = rounds(calls, machine, setting.set_grads, least, most).values()
     times = [[ms for (ms,) in of] for of in found]
     pairs = zip(*times, strict=True)
-    values = [1e-3 * (a - b) if target.first_step else a / b for a, b in pairs]
+    values = [1e-3 * (a - b) if target.unit else a / b for a, b in pairs]
     value, p20, p80 = spread(values)
     met = value >= target.limit if target.at_least else value <= target.limit
     row = {"arms": arms, "value": value, "p20": p20, "p80": p80, "rounds": len(values)}
@@ -139,11 +134,10 @@ def in_process(*arguments: Any) -> float:
         return pool.apply(first_step, arguments)
 
 
-def first_step(model: str, arm: Arm) -> float:
+def first_step(model: str, make: Maker, task: Any) -> float:
     """Milliseconds of the first step of a process."""
     setting = Setting(SHAPES[model], torch.float32, torch.device("cpu"))
-    task = setting.task(METHODS[arm.method], arm.clip)
-    return 1e3 * measure.seconds(MAKERS[arm.who](setting.groups, task).step)
+    return 1e3 * measure.seconds(make(setting.groups, task).step)
 
 
 def run_jobs(todo: list[Job], report: Report, machine: Machine, out: Path) -> None:

@@ -8,6 +8,7 @@ can take its formulas. A norm of all gradients is formed over all of them, in fl
 from __future__ import annotations
 
 import sys
+from bisect import bisect
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -117,12 +118,11 @@ class Setting:
     def sample(self, tensors: list[Any], method: Method) -> list[Tensor]:
         """Elements as float64: all of the smallest tensors, if the method is layerwise; else some
         at equal distances, which are odd, so that every position in a vector or block is met."""
-        k = 1 if method.layerwise else 2 * sum(x.numel() for x in tensors) // SAMPLE | 1
+        k = 2 * sum(x.numel() for x in tensors) // SAMPLE | 1
         if method.layerwise:
             smallest = sorted(tensors, key=torch.numel)
-            ends = accumulate(map(torch.numel, smallest))
-            tensors = [x for x, end in zip(smallest, ends, strict=True) if end <= SAMPLE]
-            tensors = tensors or smallest[:1]
+            ends = list(accumulate(map(torch.numel, smallest)))
+            k, tensors = 1, smallest[: max(1, bisect(ends, SAMPLE))]
         return [x.detach().flatten()[(x.numel() - 1) % k :: k].double() for x in tensors]
 
     def _expected(self, task: Task) -> tuple[Tensor, Tensor]:

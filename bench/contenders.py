@@ -122,12 +122,6 @@ def of_torch(groups: ParamGroups, task: Task, **options: Any) -> Contender:
     return theirs(getattr(torch.optim, task.method.cls), groups, task, **options)
 
 
-def compiled(groups: ParamGroups, task: Task, backend: str) -> Contender:
-    """torch.compile of torch's clipping and step."""
-    contender = of_torch(groups, task, foreach=True)
-    return Contender(contender.optimizer, {"step": torch.compile(contender.step, backend=backend)})
-
-
 REFERENCE = "fusedreg reference"  # with fused=False
 TORCH: dict[str, Maker] = {
     "torch fused": partial(of_torch, fused=True),

@@ -7,10 +7,10 @@ needs none. Times of the four are interleaved and compared by their minimum, bec
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from contextlib import ExitStack
 from itertools import product
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -77,8 +77,7 @@ def main() -> None:
     print(f"AdamW, {TENSORS} parameters in {GROUPS} groups; microseconds of the host")
     print(f"{'':<46}{'min':>8}{'median':>8}")
     for (case, name), times in measure(1000).items():
-        text = f"{name}, {case}"
-        print(f"{text:<46}{min(times) * 1e6:>8.0f}{statistics.median(times) * 1e6:>8.0f}")
+        print(f"{f'{name}, {case}':<46}{min(times) * 1e6:>8.0f}{median(times) * 1e6:>8.0f}")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ SHAPES = {**MODELS, **SIZES, **TENSORS, **OF_TARGETS, **TINY}
 class Job:
     """One comparison."""
 
-    kind: str  # model, size, tensors (the two sweeps), parts or compiled
+    kind: str  # model, size, tensors (the two sweeps) or parts
     model: str
     method: str = "AdamW"
     dtype: str = "float32"
@@ -191,8 +191,6 @@ def jobs(dry: bool, quick: bool) -> list[Job]:
     found += [Job("tensors", name) for name in tensors]
     found += [Job("model", model, clip=False), Job("model", model, dtype="bfloat16")]
     found += [Job("model", model, method) for method in USUAL]
-    # Where there are 161 tensors, a CPU compiles for 40 s.
-    found.append(Job("compiled", sizes[0] if dry else f"{2**23} in 16 tensors"))
     if not quick:
         found += [Job("model", model, method) for method in METHODS]
         found += [Job("model", other), *(Job("size", name) for name in sizes[4:])]

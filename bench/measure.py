@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from contenders import REFERENCE, Contender, Maker, Task, compiled, contenders, own
+from contenders import REFERENCE, Contender, Maker, Task, contenders, own
 from jobs import DTYPES, METHODS, SHAPES, Job, count, moved_numbers, needed_numbers
 from verify import Setting
 
@@ -79,14 +79,13 @@ def host_seconds(call: Callable[[], object], machine: Machine) -> float:
         machine.wait()
         found.append(seconds(call))
     machine.wait()
-    return statistics.median(found[1:] or found)
+    return median(found[1:] or found)
 
 
 def rounds(
     timed: dict[str, list[Callable[[], float]]],
     machine: Machine,
     before: Callable[[], object],
-    least: int = LEAST,
     most: int = MOST,
 ) -> dict[str, list[list[float]]]:
     """The milliseconds that the calls of each give in each round: A B, B A, in an even number of
@@ -94,7 +93,7 @@ def rounds(
     times: dict[str, list[list[float]]] = {name: [] for name in timed}
     until = min(machine.deadline, time.monotonic() + machine.seconds)
     for done in range(0, most, 2):
-        if done and (machine.dry or (done >= least and time.monotonic() > until)):
+        if done and (machine.dry or (done >= LEAST and time.monotonic() > until)):
             break
         for name in [*timed] if machine.dry else [*timed, *reversed(timed)]:
             before()
@@ -112,17 +111,14 @@ def bandwidths(machine: Machine) -> dict[str, float]:
     timed = {name: [partial(milliseconds, call, machine)] for name, call in calls.items()}
     times = rounds(timed, machine, before=machine.wait)
     moved = 2e-6 * source.nbytes
-    return {name: moved / statistics.median(map(sum, ms)) for name, ms in times.items()}
+    return {name: moved / median(map(sum, ms)) for name, ms in times.items()}
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, p20 and p80.
-
-    >>> spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
-    (3.5, 2.0, 5.0)
-    """
-    ordered, last = sorted(values), len(values) - 1
-    return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+def spread(values: Iterable[float], *names: str) -> Row:
+    """Median, p20 and p80, by these names."""
+    ordered = sorted(values)
+    found = [ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8)]
+    return dict(zip(names or ("ms", "p20", "p80"), (median(ordered), *found), strict=True))
 
 
 def fusedreg_on(machine: Machine) -> Maker:
@@ -136,9 +132,6 @@ def participants(job: Job, machine: Machine) -> tuple[dict[str, Maker], dict[str
     makers["fusedreg"] = fusedreg_on(machine)
     if job.kind == "parts":
         return {name: makers[name] for name in ("fusedreg", "torch fused", "torch foreach")}, {}
-    if job.kind == "compiled":
-        how = partial(compiled, backend="eager" if machine.dry else "inductor")
-        return {"fusedreg": makers["fusedreg"], "torch.compile foreach": how}, {}
     if count(SHAPES[job.model]) > READABLE:
         makers.pop(REFERENCE, None)
     return makers, missing
@@ -198,15 +191,16 @@ def rows_of(name: str, made: dict[str, Contender], times: Any, job: Job, machine
     same |= {"matches": verdict.matches, "verdict": verdict.text}
     if name == "fusedreg":
         same["implementation"] = f"{name} ({contender.backend})"
-    ratios: Any = [None] * 3
+    names = ("ratio", "ratio_p20", "ratio_p80")
+    ratios: Row = dict.fromkeys(names)
     if verdict.matches and ours and ours.verdict.matches:
-        ratios = spread([sum(a) / sum(b) for a, b in zip(whole, times["fusedreg"], strict=True)])
+        pairs = zip(whole, times["fusedreg"], strict=True)
+        ratios = spread((sum(a) / sum(b) for a, b in pairs), *names)
     elif verdict.matches:
         same["verdict"] = "no ratio: fusedreg's results differ or it failed"
     numbers = moved_numbers(method, job.clip, job.scaled, same["implementation"])
     moved = {part: size * number for part, number in numbers.items()}
-    row = {**same, "part": "all", **in_ms(map(sum, whole))}
-    row |= dict(zip(("ratio", "ratio_p20", "ratio_p80"), ratios, strict=True))
+    row = {**same, "part": "all", **spread(map(sum, whole)), **ratios}
     row |= {"error_of_bound": verdict.of_bound, "moved_bytes": sum(moved.values()) or None}
     row["needed_bytes"] = size * needed_numbers(method, job.clip)
     row["host_us"] = 1e6 * contender.host if machine.on_gpu else None
@@ -216,12 +210,8 @@ def rows_of(name: str, made: dict[str, Contender], times: Any, job: Job, machine
     if job.kind != "parts":
         return [row]
     parts = zip(contender.parts, zip(*whole, strict=True), strict=True)
-    more = ({**same, "part": p, **in_ms(ms), "moved_bytes": moved.get(p)} for p, ms in parts)
+    more = ({**same, "part": p, **spread(ms), "moved_bytes": moved.get(p)} for p, ms in parts)
     return [row, *more]
-
-
-def in_ms(times: Any) -> Row:
-    return dict(zip(("ms", "p20", "p80"), spread(list(times)), strict=True))
 
 
 def release(machine: Machine) -> None:

@@ -149,14 +149,7 @@ def table_of(title: str, rows: list[Row]) -> Table:
 
 
 def target_cells(row: Row) -> list[str]:
-    """A line of the table of targets, here and on the page.
-
-    >>> row = {"what": "AdamW", "model": "tiny", "arms": ["torch", "fusedreg"], "unit": "",
-    ...     "ms": [3.0, 2.0], "value": 1.5, "p20": 1.25, "p80": 1.75, "rounds": 6,
-    ...     "target": "at least 2", "met": False, "verdict": "missed"}
-    >>> target_cells(row)[2:]
-    ['torch / fusedreg', '3 / 2', '1.5 (1.25 to 1.75)', '6', 'at least 2', 'missed']
-    """
+    """A line of the table of targets, here and on the page."""
     sign = " - " if row["unit"] else " / "
     found = ["-"] * 3
     if row["value"] is not None:

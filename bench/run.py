@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import groupby
 from multiprocessing import get_context
+from operator import ge, le
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import measure
 import torch
 from contenders import REFERENCE, TORCH, Maker, of_torch, own
 from jobs import METHODS, OF_TARGETS, SHAPES, TINY, Job, jobs
-from measure import LEAST, Machine, affordable, prepare, release, rounds, spread
+from measure import Machine, affordable, prepare, release, rounds, spread
 from page import LATEST, Report, Row, as_text, new_report, write
 from rich.console import Console
 from rich.progress import track
@@ -41,12 +42,9 @@ class Target(NamedTuple):
     rule: str
     over: str
     under: str
+    sense: str  # at least or at most
     limit: float
     clip: bool = True
-
-    @property
-    def at_least(self) -> bool:
-        return self.over.startswith("torch")  # which is to take longer
 
     @property
     def unit(self) -> str:
@@ -54,7 +52,7 @@ class Target(NamedTuple):
 
     @property
     def wanted(self) -> str:
-        return f"at {'least' if self.at_least else 'most'} {self.limit:g}{self.unit}"
+        return f"{self.sense} {self.limit:g}{self.unit}"
 
     def __str__(self) -> str:
         rule = self.rule + WITH_L1 * self.over.endswith(WITH_L1)
@@ -64,19 +62,15 @@ class Target(NamedTuple):
 def targets(dry: bool) -> list[Target]:
     """All, in the order of the table: small models first, and of a model first what is fast."""
     small, many, *large = TINY if dry else OF_TARGETS
-    us, torch_fused = "fusedreg", "torch fused"
-
-    def each(model: str, over: str, under: str, limit: float, clip: bool = True) -> list[Target]:
-        return [Target(model, rule, over, under, limit, clip) for rule in RULES]
-
-    found = [Target(small, "AdamW", us, REFERENCE, 1)]
-    found += [*each(small, us, torch_fused, 1), *each(small, us, torch_fused, 1, clip=False)]
-    found.append(Target(many, "AdamW", torch_fused, us, 1.3))
+    us, fused, least, most = "fusedreg", "torch fused", "at least", "at most"
+    found = [Target(small, "AdamW", us, REFERENCE, most, 1)]
+    found += [Target(small, of, us, fused, most, 1, clip) for clip in (True, False) for of in RULES]
+    found.append(Target(many, "AdamW", fused, us, least, 1.3))
     for model in large:
-        found += each(model, torch_fused, us, 1.3)
-        found += each(model, us, torch_fused, 1.05, clip=False)
-        found.append(Target(model, "AdamW", us + WITH_L1, us, 1.25))
-        found += each(model, "torch default", us, 5)
+        found += [Target(model, of, fused, us, least, 1.3) for of in RULES]
+        found += [Target(model, of, us, fused, most, 1.05, clip=False) for of in RULES]
+        found.append(Target(model, "AdamW", us + WITH_L1, us, most, 1.25))
+        found += [Target(model, of, "torch default", us, least, 5) for of in RULES]
     return found
 
 
@@ -117,14 +111,11 @@ def measured(target: Target, setting: Setting, machine: Machine) -> Row:
             calls[who] = [partial(in_process, target.model, make, task)]
         path = f"fusedreg ({contender.backend})"
         arms.append(who if who == REFERENCE else who.replace("fusedreg", path))
-    least, most = (4, 4) if target.unit else (LEAST, PAIRS)
-    found = rounds(calls, machine, setting.set_grads, least, most).values()
+    found = rounds(calls, machine, setting.set_grads, 4 if target.unit else PAIRS).values()
     times = [[ms for (ms,) in of] for of in found]
-    pairs = zip(*times, strict=True)
-    values = [1e-3 * (a - b) if target.unit else a / b for a, b in pairs]
-    value, p20, p80 = spread(values)
-    met = value >= target.limit if target.at_least else value <= target.limit
-    row = {"arms": arms, "value": value, "p20": p20, "p80": p80, "rounds": len(values)}
+    values = (1e-3 * (a - b) if target.unit else a / b for a, b in zip(*times, strict=True))
+    row = {"arms": arms, "rounds": len(times[0]), **spread(values, "value", "p20", "p80")}
+    met = (ge if target.sense == "at least" else le)(row["value"], target.limit)
     row |= {"ms": list(map(statistics.median, times)), "met": met}
     return {**row, "verdict": "; ".join(["met" if met else "missed", *notes])}
 

@@ -199,7 +199,8 @@ def test_every_target_is_measured_and_shown(
         value = 1e-3 * (over - under) if "first" in row["what"] else over / under
         assert row["value"] == pytest.approx(value, rel=1e-12)
         assert row["verdict"] == ("met" if row["met"] else "missed")
-        assert row["met"] == (value >= target.limit if target.at_least else value <= target.limit)
+        least = target.wanted.startswith("at least")
+        assert row["met"] == (value >= target.limit if least else value <= target.limit)
         assert sum("fusedreg (llvm)" in arm for arm in row["arms"]) == 1 + ("L1" in row["what"])
         cells = bench("page").target_cells(row)
         assert f"| {' | '.join(cells)} |" in page
@@ -207,19 +208,20 @@ def test_every_target_is_measured_and_shown(
 
 
 @pytest.mark.parametrize(
-    ("over", "under", "limit", "verdict"),
+    ("sense", "limit", "verdict"),
     [
-        *[("torch fused", "fusedreg", 2, "met"), ("torch fused", "fusedreg", 2.1, "missed")],
-        *[("fusedreg", "torch fused", 2, "met"), ("fusedreg", "torch fused", 1.9, "missed")],
+        *[("at least", 2, "met"), ("at least", 2.1, "missed")],
+        *[("at most", 2, "met"), ("at most", 1.9, "missed")],
     ],
 )
 def test_a_target_is_met_by_the_median_of_the_pairs(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, over: str, under: str, limit: float, verdict: str
+    bench: Any, monkeypatch: pytest.MonkeyPatch, sense: str, limit: float, verdict: str
 ) -> None:
     module, machine = bench("run"), machine_of(bench)
+    over, under = "torch fused", "fusedreg"
     times = {over: [[4.0], [2.0], [9.0]], under: [[2.0], [2.0], [1.0]]}
     monkeypatch.setattr(module, "rounds", lambda *_: times)
-    target = module.Target("tiny", "AdamW", over, under, limit)
+    target = module.Target("tiny", "AdamW", over, under, sense, limit)
     setting = bench("verify").Setting(bench("jobs").TINY["tiny"], torch.float32, machine.device)
     row = module.measured(target, setting, machine)
     assert (row["value"], row["rounds"], row["verdict"]) == (2, 3, verdict)
@@ -239,10 +241,15 @@ def test_a_target_is_missed_where_our_results_differ_and_told_where_torchs_do(
     monkeypatch.setitem(module.MAKERS, who, unclipped(bench("contenders"), None))
     shapes, machine = bench("jobs").TINY["tiny"], machine_of(bench)
     setting = bench("verify").Setting(shapes, torch.float32, machine.device)
-    target = module.Target("tiny", "AdamW", "torch fused", "fusedreg", 0.0)
+    target = module.Target("tiny", "AdamW", "torch fused", "fusedreg", "at least", 0.0)
     row = module.measured(target, setting, machine)
     assert row["verdict"].startswith(verdict)
     assert ("value" in row) == (who != "fusedreg")
+
+
+def test_spread_is_median_and_ranks(bench: Any) -> None:
+    found = bench("measure").spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert found == {"ms": 3.5, "p20": 2.0, "p80": 5.0}
 
 
 def test_no_arm_always_follows_the_other(bench: Any) -> None:
@@ -252,9 +259,9 @@ def test_no_arm_always_follows_the_other(bench: Any) -> None:
         "B": [partial(called.append, "B1")],
     }
     before = partial(called.append, "-")
-    times = bench("measure").rounds(timed, machine_of(bench), before, least=3)
-    assert {len(of) for of in times.values()} == {4}  # even, so that each is first as often
-    assert " ".join(called) == " ".join(["- A1 A2 - B1", "- B1 - A1 A2"] * 2)
+    times = bench("measure").rounds(timed, machine_of(bench), before)
+    assert {len(of) for of in times.values()} == {6}  # even, so that each is first as often
+    assert " ".join(called) == " ".join(["- A1 A2 - B1", "- B1 - A1 A2"] * 3)
 
 
 def softshrink(contenders: ModuleType, method: Any) -> Any:
@@ -439,11 +446,20 @@ def test_bits_that_differ_are_told(
     ]
 
 
-@pytest.mark.parametrize("module", ["jobs", "measure", "page"])
-def test_examples_in_docstrings(bench: Any, module: str) -> None:
-    failed, tried = doctest.testmod(bench(module))
+def test_examples_in_docstrings(bench: Any) -> None:
+    failed, tried = doctest.testmod(bench("jobs"))
     assert tried > 0
     assert failed == 0
+
+
+def test_the_line_of_a_target(bench: Any) -> None:
+    row = {"what": "AdamW", "model": "tiny", "arms": ["torch fused", "fusedreg"], "unit": ""}
+    row |= {"ms": [3.0, 2.0], "value": 1.5, "p20": 1.25, "p80": 1.75, "rounds": 6}
+    row |= {"target": "at least 2", "verdict": "missed; torch fused: results differ: by 2.0e-05"}
+    assert bench("page").target_cells(row) == [
+        *("AdamW", "tiny", "torch fused / fusedreg", "3 / 2"),
+        *("1.5 (1.25 to 1.75)", "6", "at least 2", "missed; torch fused differs"),
+    ]
 
 
 @pytest.mark.parametrize(

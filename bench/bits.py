@@ -121,10 +121,8 @@ def compare_versions(ref: str, machine: Machine, quick: bool) -> None:
     """Print whether both give the same bits, and the ratio of their times in turns, A B B A."""
     with versions(ref) as processes:
         for job in jobs(machine.dry, quick):
-            if job.kind == "parts":
-                continue
-            if machine.left() < 0 or affordable(job, machine) < 8:  # each version needs its own
-                print(f"{job}: left out, no {'time' if machine.left() < 0 else 'memory'}")
+            # Each version needs memory of its own.
+            if job.kind == "parts" or machine.left() < 0 or affordable(job, machine) < 8:
                 continue
             try:
                 found = {p.submit(make, job, machine).result() for p in processes.values()}

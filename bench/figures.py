@@ -14,7 +14,6 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from fusedreg.demo.style import COLOURS, QUIET, SPIKE, new_figure, tidy
 from fusedreg.machine import describe
 
-Report = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 OTHERS = {"torch fused": 0, "torch foreach": 1, "torch for-loop": 3, "fusedreg reference": 7}
@@ -76,7 +75,7 @@ def lines(axes: Axes, rows: Rows, x: str, y: str) -> None:
         axes.fill_between(places, *ends, color=colour, alpha=0.15, linewidth=0)
 
 
-def bandwidth_by_size(axes: Axes, rows: Rows, report: Report) -> str:
+def bandwidth_by_size(axes: Axes, rows: Rows, report: Any) -> str:
     """Where a step is bound by memory, and how near to it."""
     lines(axes, rows, "parameters", "of_bandwidth")
     axes.axhline(1, color=QUIET, linewidth=0.8, linestyle=":")
@@ -89,7 +88,7 @@ def bandwidth_by_size(axes: Axes, rows: Rows, report: Report) -> str:
     return "AdamW with clipping, float32: share of the memory bandwidth"
 
 
-def time_by_tensors(axes: Axes, rows: Rows, _report: Report) -> str:
+def time_by_tensors(axes: Axes, rows: Rows, _report: Any) -> str:
     """What many tensors cost, the number of parameters being the same."""
     lines(axes, rows, "tensors", "ms")
     axes.set_xscale("log", base=2)
@@ -107,8 +106,7 @@ def stack(axes: Axes, place: int, parts: dict[str, float], own: bool, height: fl
     """A bar of parts, or of one step that does all; where it ends."""
     begin = 0.0
     for part, size in parts.items():
-        colour = SPIKE if own else PARTS[part]
-        axes.barh(place, size, left=begin, color=colour, height=height)
+        axes.barh(place, size, height, begin, color=SPIKE if own else PARTS[part])
         begin += size
     return begin
 
@@ -120,7 +118,7 @@ def legend(axes: Axes, parts: int, labels: dict[int, str]) -> None:
     axes.invert_yaxis()
 
 
-def stacked_parts(axes: Axes, rows: Rows, report: Report) -> str:
+def stacked_parts(axes: Axes, rows: Rows, report: Any) -> str:
     """Unscale, clip and step as separate calls, beside one step that does all three."""
     parts = [r for r in report["rows"] if r["kind"] == "parts" and r["part"] != "all"]
     for place, row in enumerate(rows):
@@ -135,7 +133,7 @@ def stacked_parts(axes: Axes, rows: Rows, report: Report) -> str:
     return f"AdamW, float32, {rows[0]['model']}: unscale, clip and step"
 
 
-def bytes_per_parameter(axes: Axes, rows: Rows, _report: Report) -> str:
+def bytes_per_parameter(axes: Axes, rows: Rows, _report: Any) -> str:
     """What each must move, by arithmetic."""
     labels: dict[int, str] = {}
     for row in rows:

@@ -72,13 +72,9 @@ def measure(repeats: int) -> dict[tuple[str, str], list[float]]:
     return times
 
 
-def main() -> None:
+if __name__ == "__main__":
     torch.set_num_threads(1)
     print(f"AdamW, {TENSORS} parameters in {GROUPS} groups; microseconds of the host")
     print(f"{'':<46}{'min':>8}{'median':>8}")
     for (case, name), times in measure(1000).items():
         print(f"{f'{name}, {case}':<46}{min(times) * 1e6:>8.0f}{median(times) * 1e6:>8.0f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -29,15 +29,11 @@ class Method:
     kwargs: dict[str, Any]
     states: int  # tensors that are read and written
     foreach: int | None = None  # numbers per parameter that torch's foreach reads and writes
+    layerwise: bool = False  # an update is applied when its norm is known
 
     @property
     def l1(self) -> float:
         return float(self.kwargs.get("l1", 0.0))
-
-    @property
-    def layerwise(self) -> bool:
-        """Whether a norm of each tensor's update must be known before it is applied."""
-        return bool(getattr(getattr(fusedreg, self.cls), "layerwise", False))
 
     @cached_property
     def case(self) -> Case:
@@ -68,7 +64,7 @@ METHODS = {
     "RMSprop": Method("RMSprop", RMSPROP, 2, 21),
     "Adagrad": Method("Adagrad", {"eps": 1e-10, "weight_decay": DECAY}, 1, 16),
     "Lion": Method("Lion", {"betas": (0.9, 0.99), "weight_decay": DECAY}, 1),
-    "LAMB": Method("LAMB", {**ADAM, "eps": 1e-6, "weight_decay": 4 * DECAY}, 2),
+    "LAMB": Method("LAMB", {**ADAM, "eps": 1e-6, "weight_decay": 4 * DECAY}, 2, layerwise=True),
 }
 USUAL = tuple(METHODS)[:4]  # what a quick run compares; the others come later
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -147,8 +143,7 @@ MODELS: dict[str, Groups] = {
 }
 SIZES = {f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)}
 TENSORS = {f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)}
-# For pytest-benchmark.
-SMALL: dict[str, Groups] = {
+SMALL: dict[str, Groups] = {  # for pytest-benchmark
     "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
     "1 M in 500 tensors": even(2**20, 500),
 }

@@ -17,6 +17,7 @@ from jobs import DTYPES, METHODS, SHAPES, Job, count, moved_numbers, needed_numb
 from verify import Setting
 
 Row = dict[str, Any]
+Timer = Callable[[], float]
 
 READABLE = 2**25  # parameters that fusedreg's reference path steps in less than a second
 LEAST, MOST = 6, 100  # rounds of a comparison; within them as many as its seconds allow
@@ -83,10 +84,7 @@ def host_seconds(call: Callable[[], object], machine: Machine) -> float:
 
 
 def rounds(
-    timed: dict[str, list[Callable[[], float]]],
-    machine: Machine,
-    before: Callable[[], object],
-    most: int = MOST,
+    timed: dict[str, list[Timer]], machine: Machine, before: Callable[[], object], most: int = MOST
 ) -> dict[str, list[list[float]]]:
     """The milliseconds that the calls of each give in each round: A B, B A, in an even number of
     rounds, so that none always follows the same other one. `before` each contender is untimed."""
@@ -110,8 +108,7 @@ def bandwidths(machine: Machine) -> dict[str, float]:
     calls = {"copy": partial(target.copy_, source), "in_place": partial(source.mul_, 1)}
     timed = {name: [partial(milliseconds, call, machine)] for name, call in calls.items()}
     times = rounds(timed, machine, before=machine.wait)
-    moved = 2e-6 * source.nbytes
-    return {name: moved / median(map(sum, ms)) for name, ms in times.items()}
+    return {name: 2e-6 * source.nbytes / median(map(sum, ms)) for name, ms in times.items()}
 
 
 def spread(values: Iterable[float], *names: str) -> Row:
@@ -142,11 +139,10 @@ def affordable(job: Job, machine: Machine) -> int:
     one = count(SHAPES[job.model]) * DTYPES[job.dtype].itemsize
     # Parameters and gradients, both as they were, and the temporaries of foreach and of clipping;
     # a tenth is left for what nobody counts.
-    shared = 4 + 2
-    return int((0.9 * machine.free_memory() / one - shared) // METHODS[job.method].states)
+    return int((0.9 * machine.free_memory() / one - (4 + 2)) // METHODS[job.method].states)
 
 
-def timed(contender: Contender, machine: Machine, parts: bool = False) -> list[Callable[[], float]]:
+def timed(contender: Contender, machine: Machine, parts: bool = False) -> list[Timer]:
     """What gives the milliseconds of its step, or of each part of that."""
     calls = contender.parts.values() if parts else [contender.step]
     return [partial(milliseconds, call, machine, contender.host) for call in calls]
@@ -166,8 +162,7 @@ def compare(job: Job, makers: dict[str, Maker], machine: Machine) -> list[Row]:
     setting = Setting(shapes, DTYPES[job.dtype], machine.device, job.scaled)
     task = setting.task(METHODS[job.method], job.clip)
     setting.expected(task)  # before others take memory
-    made: dict[str, Contender] = {}
-    rows: dict[str, list[Row]] = {}
+    made, rows = {}, {}
     for name, make in makers.items():
         try:
             made[name] = prepare(make, setting, task, machine)
@@ -187,10 +182,9 @@ def rows_of(name: str, made: dict[str, Contender], times: Any, job: Job, machine
     """The whole step, and its parts where they were timed."""
     contender, ours, method = made[name], made.get("fusedreg"), METHODS[job.method]
     size, whole, verdict = DTYPES[job.dtype].itemsize, times[name], contender.verdict
-    same = {"implementation": name, "backend": contender.backend, "rounds": len(whole)}
+    shown = f"{name} ({contender.backend})" if name == "fusedreg" else name
+    same = {"implementation": shown, "backend": contender.backend, "rounds": len(whole)}
     same |= {"matches": verdict.matches, "verdict": verdict.text}
-    if name == "fusedreg":
-        same["implementation"] = f"{name} ({contender.backend})"
     names = ("ratio", "ratio_p20", "ratio_p80")
     ratios: Row = dict.fromkeys(names)
     if verdict.matches and ours and ours.verdict.matches:
@@ -198,15 +192,15 @@ def rows_of(name: str, made: dict[str, Contender], times: Any, job: Job, machine
         ratios = spread((sum(a) / sum(b) for a, b in pairs), *names)
     elif verdict.matches:
         same["verdict"] = "no ratio: fusedreg's results differ or it failed"
-    numbers = moved_numbers(method, job.clip, job.scaled, same["implementation"])
+    numbers = moved_numbers(method, job.clip, job.scaled, shown)
     moved = {part: size * number for part, number in numbers.items()}
+    needed = size * needed_numbers(method, job.clip)
     row = {**same, "part": "all", **spread(map(sum, whole)), **ratios}
-    row |= {"error_of_bound": verdict.of_bound, "moved_bytes": sum(moved.values()) or None}
-    row["needed_bytes"] = size * needed_numbers(method, job.clip)
-    row["host_us"] = 1e6 * contender.host if machine.on_gpu else None
+    row |= {"needed_bytes": needed, "moved_bytes": sum(moved.values()) or None}
+    row["of_bandwidth"] = 1e3 * needed * count(SHAPES[job.model]) / row["ms"] / machine.bandwidth
     row["launches"] = getattr(contender.optimizer, "launches", None)
-    per_second = 1e3 * row["needed_bytes"] * count(SHAPES[job.model]) / row["ms"]
-    row["of_bandwidth"] = per_second / machine.bandwidth
+    row["host_us"] = 1e6 * contender.host if machine.on_gpu else None
+    row["error_of_bound"] = verdict.of_bound
     if job.kind != "parts":
         return [row]
     parts = zip(contender.parts, zip(*whole, strict=True), strict=True)

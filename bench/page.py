@@ -1,8 +1,7 @@
 """The results of a run as files: bench.json and the tables of bench.txt.
 
-`python bench/page.py FOLDER` publishes them, by default those of the latest run. They are kept in a
-folder of bench/results/ that is named after the device, from which alone table and figures of
-docs/benchmark.md come.
+`python bench/page.py FOLDER`, by default the latest run, keeps them in bench/results/, named after the
+device. The table and the figures of docs/benchmark.md come from there alone.
 """
 
 from __future__ import annotations
@@ -32,18 +31,15 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 LATEST = ROOT / "bench/results/latest"
 PAGE = ROOT / "docs/benchmark.md"
-FIGURES = ("parts", "bandwidth", "tensors", "bytes")
 BEGIN, END = "<!-- from bench/page.py -->\n", "<!-- until here -->\n"
-# Columns of the tables.
-SHOWN = {
+SHOWN = {  # columns of the tables, and how they are written
     **dict.fromkeys(("ms", "p20", "p80"), ".4g"),
     **dict.fromkeys(("ratio", "ratio_p20", "ratio_p80"), ".3g"),
     "of_bandwidth": ".1%",
     **dict.fromkeys(("rounds", "moved_bytes", "launches"), "d"),
     "host_us": ".0f",
 }
-# Their versions are written down where they are installed.
-LIBRARIES = (
+LIBRARIES = (  # whose versions are written down where they are installed
     *("optimi", "torch-optimi", "bitsandbytes", "torchao", "timm"),
     *("lion-pytorch", "pytorch-optimizer", "apex"),
 )
@@ -67,8 +63,7 @@ def new_report(bandwidths: dict[str, float]) -> Report:
         "commit": commit,
         **{f"{name}_gb_per_s": value for name, value in bandwidths.items()},
         "traffic": list(map(traffic, METHODS)),
-        **{name: [] for name in ("targets", "rows", "left_out")},
-        "not_installed": {},
+        **{"targets": [], "rows": [], "left_out": [], "not_installed": {}},
     }
 
 
@@ -105,8 +100,7 @@ def as_text(report: Report) -> str:
             parts += ["", title, *(f"  {line}" for line in lines)]
     console = Console(file=io.StringIO(), width=200, color_system=None)
     for part in parts:
-        plain: Any = {"markup": False, "soft_wrap": True} if isinstance(part, str) else {}
-        console.print(part, highlight=False, **plain)
+        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
@@ -199,7 +193,7 @@ def results(folder: Path) -> str:
     )
 
 
-def main() -> None:
+if __name__ == "__main__":
     folder = Path(sys.argv[1]).resolve() if sys.argv[1:] else LATEST
     machine = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["machine"]
     cpu = machine["cpu"] or machine["architecture"]
@@ -210,9 +204,5 @@ def main() -> None:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     text = f"{before}{BEGIN}\n{results(kept)}\n{END}{rest.partition(END)[2]}"
     PAGE.write_text(text, encoding="utf-8")
-    for name in FIGURES:
-        shutil.copyfile(kept / f"{name}.svg", ROOT / f"docs/figures/benchmark-{name}.svg")
-
-
-if __name__ == "__main__":
-    main()
+    for figure in kept.glob("*.svg"):
+        shutil.copyfile(figure, ROOT / f"docs/figures/benchmark-{figure.name}")

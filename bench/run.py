@@ -50,10 +50,6 @@ class Target(NamedTuple):
     def unit(self) -> str:
         return " s" * (self.under == REFERENCE)  # how much longer the first step is, instead
 
-    @property
-    def wanted(self) -> str:
-        return f"{self.sense} {self.limit:g}{self.unit}"
-
     def __str__(self) -> str:
         rule = self.rule + WITH_L1 * self.over.endswith(WITH_L1)
         return rule + ", clipped" * self.clip + ": first step" * bool(self.unit)
@@ -82,8 +78,9 @@ def measure_targets(machine: Machine) -> list[Row]:
         # Made by the first that is measured.
         setting = cache(partial(Setting, SHAPES[model], torch.float32, machine.device))
         for target in some:
+            wanted = f"{target.sense} {target.limit:g}{target.unit}"
             row = {"what": str(target), "model": model, "arms": [target.over, target.under]}
-            row |= {"target": target.wanted, "unit": target.unit, "met": False}
+            row |= {"target": wanted, "unit": target.unit, "met": False}
             row |= dict.fromkeys(("value", "p20", "p80", "rounds", "ms"))
             if machine.left() < 0 or not fits:
                 row["verdict"] = f"not measured: {'time' if fits else 'memory'}"

@@ -85,9 +85,7 @@ class Verdict(NamedTuple):
 class Setting:
     """Parameters and gradients as all contenders begin with them."""
 
-    def __init__(
-        self, shapes: Groups, dtype: torch.dtype, device: torch.device, scaled: bool = False
-    ) -> None:
+    def __init__(self, shapes: Groups, dtype: Any, device: Any, scaled: bool = False) -> None:
         self.groups, self.dtype = make_groups(shapes, dtype, device), dtype
         self.params = [param for group in self.groups for param in group["params"]]
         self.scale = SCALE if scaled else 1.0

@@ -1,7 +1,7 @@
 """The results of a run as files: bench.json and the tables of bench.txt.
 
-`python bench/page.py FOLDER`, by default the latest run, keeps them in bench/results/, named after the
-device. The table and the figures of docs/benchmark.md come from there alone.
+`python bench/page.py FOLDER` keeps them, by default those of the latest run, in a folder that is
+named after the device. Table and figures of docs/benchmark.md come from there alone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def new_report(bandwidths: dict[str, float]) -> Report:
         "commit": commit,
         **{f"{name}_gb_per_s": value for name, value in bandwidths.items()},
         "traffic": list(map(traffic, METHODS)),
-        **{"targets": [], "rows": [], "left_out": [], "not_installed": {}},
+        **{name: [] for name in ("targets", "rows", "left_out")},
+        "not_installed": {},
     }
 
 

@@ -2,8 +2,8 @@
 
 Every case of the table of `fusedreg check` takes three steps by LLVM's kernels and by triton's,
 interpreted, in four dtypes, with clipping and without. Parameters and states that differ are
-printed, and the exit status is 1. Each commit has a process, a table of cases and tests of its own.
-`python bench/run.py --base REF` also times the comparisons of the benchmark in both.
+printed, and the exit status is 1. `python bench/run.py --base REF` times both. Each commit has a
+process, a table of cases and tests of its own.
 """
 
 from __future__ import annotations
@@ -19,35 +19,34 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from jobs import DTYPES, METHODS, SHAPES, Job, count, jobs
-from measure import Machine, fusedreg_on, host_seconds, milliseconds, rounds, spread
+from jobs import DTYPES, METHODS, SHAPES, Job, jobs
+from measure import Machine, affordable, fusedreg_on, host_seconds, rounds, spread, timed
 from verify import Setting
 
 import fusedreg
+from fusedreg import cases
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # By path; an interpreter takes its time.
 SIZES = {"default": [(37,), (5, 7), (1,), (0,), (40, 33)], "fused": [(37,), (5, 7), (1100,)]}
-MADE: dict[str, Callable[[], float]] = {}  # a timed step, in the process of a version
+CALLS: list[Callable[[], Any]] = []  # for a timed step, in the process of a version
 
 
 @contextmanager
 def versions(ref: str) -> Iterator[dict[str, Executor]]:
     """A process with the package as it was at a commit, and one with that of this tree."""
     command = ["git", "-C", str(ROOT), "archive", ref, "fusedreg", "kernels", "tests"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"--base {ref}: {done.stderr.decode().strip()}")
+    archived = io.BytesIO(subprocess.check_output(command))  # git says what is wrong with a name
     with TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        with tarfile.open(fileobj=archived) as archive:
             archive.extractall(folder, filter="data")
         tree = Path(folder)
         # kernels/ is the package fusedreg.kernels: put it there, as an installation would.
@@ -79,10 +78,8 @@ def digests() -> dict[str, dict[str, str]]:
     tests = Path(fusedreg.__file__).parents[1] / "tests"
     sys.path[:0] = [str(tests), str(tests / "lib")]
     import_module("interpreter")  # rounds to bfloat16 as a GPU does
-    # Older commits have the table elsewhere.
-    table = "fusedreg.check.cases" if find_spec("fusedreg.check.cases") else "fusedreg.cases"
     found = {}
-    for path, case, dtype, clip in product(SIZES, import_module(table).CASES, FLOATS, (None, 0.5)):
+    for path, case, dtype, clip in product(SIZES, cases.CASES, cases.DTYPES, (None, 0.5)):
         generator = torch.Generator().manual_seed(3)
         values = [torch.randn(shape, generator=generator).to(dtype) for shape in SIZES[path]]
         params = list(map(torch.nn.Parameter, values))
@@ -123,47 +120,39 @@ def main() -> None:
 def compare_versions(ref: str, machine: Machine, quick: bool) -> None:
     """Print whether both give the same bits, and the ratio of their times in turns, A B B A."""
     with versions(ref) as processes:
-        for job in jobs(machine.dry, quick, gpu=False):
-            if job.kind not in ("model", "size", "tensors"):
-                continue
-            # Parameters, gradients and states of both processes.
-            need = 2.4 * count(SHAPES[job.model]) * (6 + METHODS[job.method].states)
-            if machine.left() < 0 or need * DTYPES[job.dtype].itemsize > machine.free_memory():
-                print(f"{job}: left out, no {'time' if machine.left() < 0 else 'memory'}")
+        for job in jobs(machine.dry, quick):
+            # Each version needs memory of its own.
+            if job.kind == "parts" or machine.left() < 0 or affordable(job, machine) < 8:
                 continue
             try:
-                found = {who: p.submit(make, job, machine).result() for who, p in processes.items()}
+                found = {p.submit(make, job, machine).result() for p in processes.values()}
             except AttributeError as error:  # a commit lacks the class
                 print(f"{job}: {error}")
                 continue
-            bits = "bitwise equal" if len(set(found.values())) == 1 else "not bitwise equal"
+            bits = "bitwise equal" if len(found) == 1 else "not bitwise equal"
             steps = {who: [lambda p=p: p.submit(step).result()] for who, p in processes.items()}
             times = rounds(steps, machine, before=machine.wait)
             base, this = ([ms for (ms,) in each] for each in times.values())
-            ratio, p20, p80 = spread([now / then for then, now in zip(base, this, strict=True)])
-            ms = f"{spread(this)[0]:.4g} ms, at {ref} {spread(base)[0]:.4g} ms"
-            print(f"{job}: {ms}, ratio {ratio:.3f} ({p20:.3f} to {p80:.3f}), {bits}", flush=True)
+            ratio = spread((b / a for a, b in zip(base, this, strict=True)), "ratio", "p20", "p80")
+            ms = f"{median(this):.4g} ms, at {ref} {median(base):.4g} ms"
+            text = "ratio {ratio:.3f} ({p20:.3f} to {p80:.3f})".format(**ratio)
+            print(f"{job}: {ms}, {text}, {bits}", flush=True)
 
 
 def make(job: Job, machine: Machine) -> str:
     """Make an optimizer and take its first steps; the digest of the parameters."""
     setting = Setting(SHAPES[job.model], DTYPES[job.dtype], machine.device)
-    task = setting.task(METHODS[job.method], job.clip)
-    contender = fusedreg_on(machine)(setting.groups, task)
+    contender = fusedreg_on(machine)(setting.groups, setting.task(METHODS[job.method], job.clip))
     setting.take_steps(contender)
-    found, host = digest(*setting.params), host_seconds(contender.step, machine)
-
-    def timed() -> float:
-        setting.set_grads()
-        machine.wait()
-        return milliseconds(contender.step, machine, host)
-
-    MADE["step"] = timed
+    found = digest(*setting.params)
+    contender.host = host_seconds(contender.step, machine)
+    CALLS[:] = [setting.set_grads, machine.wait, *timed(contender, machine)]
     return found
 
 
-def step() -> float:
-    return MADE["step"]()
+def step() -> Any:
+    """The milliseconds of one more."""
+    return [call() for call in CALLS][-1]
 
 
 if __name__ == "__main__":

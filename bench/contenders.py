@@ -11,7 +11,7 @@ from math import inf
 from typing import Any
 
 import torch
-from jobs import LR, SCALE, Groups, Method
+from jobs import LR, METHODS, SCALE, Groups, Method
 from torch import nn
 
 import fusedreg
@@ -122,13 +122,6 @@ def of_torch(groups: ParamGroups, task: Task, **options: Any) -> Contender:
     return theirs(getattr(torch.optim, task.method.cls), groups, task, **options)
 
 
-def compiled(groups: ParamGroups, task: Task, how: str, backend: str) -> Contender:
-    """torch.compile of torch's clipping and step."""
-    torch.compiler.reset()  # of others, whose code is the same
-    contender = of_torch(groups, task, **{how: True})
-    return Contender(contender.optimizer, {"step": torch.compile(contender.step, backend=backend)})
-
-
 REFERENCE = "fusedreg reference"  # with fused=False
 TORCH: dict[str, Maker] = {
     "torch fused": partial(of_torch, fused=True),
@@ -169,6 +162,7 @@ def contenders(method: Method) -> tuple[dict[str, Maker], dict[str, str]]:
         options = {"weight_decay": method.kwargs.get("weight_decay", 0.0), "lr": LR}
         options |= OPTIONS_OF_OTHERS.get(classes[method.cls], {})
         found[name] = partial(theirs, cls, **options)
-    if not method.ways_of_torch:
+    # The readable path, for what torch lacks and for one other method.
+    if not method.ways_of_torch or method is METHODS["AdamW"]:
         found[REFERENCE] = partial(own, fused=False)
     return found, missing

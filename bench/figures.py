@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from fusedreg.demo.style import COLOURS, QUIET, SPIKE, new_figure, tidy
 from fusedreg.machine import describe
 
-Report = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 OTHERS = {"torch fused": 0, "torch foreach": 1, "torch for-loop": 3, "fusedreg reference": 7}
@@ -51,15 +50,15 @@ def draw(folder: Path) -> list[Path]:
         tidy(axes)
         axes.legend(fontsize=9, frameon=False, loc="best")
         if wrong:
-            note = "Left out because their results differ: " + ", ".join(wrong)
-            where: Any = {"xycoords": axes.get_yaxis_transform(), "ha": "right"}
-            axes.annotate(note, (0.99, 0.01), (0, 0), **NOTE, **where)
-        for ending in ("svg", "png"):
-            written.append(folder / f"{name}.{ending}")
-            # The same numbers give the same file: no date, and names within it that do not vary.
-            same: Any = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": 150}
-            with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-                figure.savefig(written[-1], **same)
+            text = "Left out because their results differ: " + ", ".join(wrong)
+            across = axes.get_yaxis_transform()
+            axes.annotate(text, (0.99, 0.01), (0, 0), xycoords=across, ha="right", **NOTE)
+        svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+        # The same numbers give the same file: no date, and names within it that do not vary.
+        with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+            figure.savefig(svg, metadata={"Date": None})
+        figure.savefig(png, dpi=150)
+        written += [svg, png]
     return written
 
 
@@ -76,32 +75,30 @@ def lines(axes: Axes, rows: Rows, x: str, y: str) -> None:
         axes.fill_between(places, *ends, color=colour, alpha=0.15, linewidth=0)
 
 
-def bandwidth_by_size(axes: Axes, rows: Rows, report: Report) -> str:
+def bandwidth_by_size(axes: Axes, rows: Rows, report: Any) -> str:
     """Where a step is bound by memory, and how near to it."""
     lines(axes, rows, "parameters", "of_bandwidth")
     axes.axhline(1, color=QUIET, linewidth=0.8, linestyle=":")
     text = f"a large tensor, {max(report['copy_gb_per_s'], report['in_place_gb_per_s']):.0f} GB/s"
-    where: Any = {"xycoords": axes.get_yaxis_transform(), "ha": "left"}
-    axes.annotate(text, (0.01, 1), (0, 3), **NOTE, **where)
+    across = axes.get_yaxis_transform()  # a share of the width, and a value
+    axes.annotate(text, (0.01, 1), (0, 3), xycoords=across, ha="left", **NOTE)
     axes.set(xscale="log", xlabel="parameters, in 16 tensors")
-    axes.set_ylabel("needed bytes / time, of the bandwidth")
+    axes.set(ylim=(0, None), ylabel="needed bytes / time, of the bandwidth")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_ylim(bottom=0)
     return "AdamW with clipping, float32: share of the memory bandwidth"
 
 
-def time_by_tensors(axes: Axes, rows: Rows, _report: Report) -> str:
+def time_by_tensors(axes: Axes, rows: Rows, _report: Any) -> str:
     """What many tensors cost, the number of parameters being the same."""
     lines(axes, rows, "tensors", "ms")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sorted({row["tensors"] for row in rows}))
+    axes.set(yscale="log", xticks=sorted({row["tensors"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(f"tensors, of {max(row['parameters'] for row in rows):,} parameters together")
-    axes.set_ylabel("milliseconds of a step")
+    numel = max(row["parameters"] for row in rows)
+    axes.set(xlabel=f"tensors, of {numel:,} parameters together", ylabel="milliseconds of a step")
     return "AdamW with clipping, float32: time of a step by the number of tensors"
 
 
@@ -109,8 +106,7 @@ def stack(axes: Axes, place: int, parts: dict[str, float], own: bool, height: fl
     """A bar of parts, or of one step that does all; where it ends."""
     begin = 0.0
     for part, size in parts.items():
-        colour = SPIKE if own else PARTS[part]
-        axes.barh(place, size, left=begin, color=colour, height=height)
+        axes.barh(place, size, height, begin, color=SPIKE if own else PARTS[part])
         begin += size
     return begin
 
@@ -122,7 +118,7 @@ def legend(axes: Axes, parts: int, labels: dict[int, str]) -> None:
     axes.invert_yaxis()
 
 
-def stacked_parts(axes: Axes, rows: Rows, report: Report) -> str:
+def stacked_parts(axes: Axes, rows: Rows, report: Any) -> str:
     """Unscale, clip and step as separate calls, beside one step that does all three."""
     parts = [r for r in report["rows"] if r["kind"] == "parts" and r["part"] != "all"]
     for place, row in enumerate(rows):
@@ -137,7 +133,7 @@ def stacked_parts(axes: Axes, rows: Rows, report: Report) -> str:
     return f"AdamW, float32, {rows[0]['model']}: unscale, clip and step"
 
 
-def bytes_per_parameter(axes: Axes, rows: Rows, _report: Report) -> str:
+def bytes_per_parameter(axes: Axes, rows: Rows, _report: Any) -> str:
     """What each must move, by arithmetic."""
     labels: dict[int, str] = {}
     for row in rows:
@@ -152,11 +148,5 @@ def bytes_per_parameter(axes: Axes, rows: Rows, _report: Report) -> str:
     return "float32 with loss scale and clipping: bytes that a step moves"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="with the bench.json of a run")
-    print(*(path.name for path in draw(parser.parse_args().folder)), sep="\n")
-
-
 if __name__ == "__main__":
-    main()
+    print(*(path.name for path in draw(Path(sys.argv[1]))), sep="\n")

@@ -35,13 +35,15 @@ stage() { # NAME SECONDS COMMAND...
     fi
 }
 
+# Some steps of `fusedreg check`, over tensors of odd sizes that are small enough for the tools.
 sanitize() { # TOOL SECONDS OPTIONS...
     local tool=$1 seconds=$2
     shift 2
     if [[ $stages != *" $tool "* ]]; then return; fi
     if command -v compute-sanitizer >/dev/null; then
         stage "$tool" "$seconds" compute-sanitizer --tool "$tool" --error-exitcode 1 "$@" \
-            "$python" "$root/bench/host.py" --small
+            "$python" -m fusedreg check --device cuda --dtype float32 --dtype bfloat16 \
+            --case sgd_momentum-decay --case adamw-elastic_net --case lamb-elastic_net
     else
         echo "---- $tool: no compute-sanitizer on PATH" | tee "$out/$tool.log"
     fi
@@ -68,8 +70,8 @@ stage pytest 200 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root"
 
 # Without torch's cache each tensor is an allocation of its own, whose bounds memcheck knows. Errors
 # of API calls are those by which torch finds out what the machine can do.
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 50 --report-api-errors no
-sanitize racecheck 45
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 60 --report-api-errors no
+sanitize racecheck 60
 
 LINES_SHOWN=400 stage bench $((budget + 30)) \
     "$python" "$root/bench/run.py" "$out" --budget "$budget" "$@"

@@ -6,12 +6,11 @@ needs none. Times of the four are interleaved and compared by their minimum, bec
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import time
 from contextlib import ExitStack
 from itertools import product
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -22,9 +21,6 @@ import fusedreg
 TENSORS, GROUPS, NUMEL = 300, 2, 4
 CASES = ("addresses unchanged", "addresses changed")
 IMPLEMENTATIONS = {"fusedreg": fusedreg.AdamW, "torch": torch.optim.AdamW}
-ODD_SIZES = [0, 1, 5, 1023, 1025, 8193]
-PENALISED = {"l1": 0.01, "max_grad_norm": 1.0}
-SANITIZED = {fusedreg.AdamW: PENALISED, fusedreg.SGD: {"momentum": 0.9}, fusedreg.LAMB: PENALISED}
 
 
 def nothing(*_: Any, **__: Any) -> None:  # a mock would take longer
@@ -37,10 +33,9 @@ def no_launches() -> ExitStack:
 
     stack = ExitStack()
     stack.enter_context(mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}))
-    launches = [(InterpretedFunction, "run"), (torch, "_fused_adamw_")]
-    launches.append((torch, "_foreach_add_"))  # torch's step counts: one launch too
-    for owner, name in launches:
-        stack.enter_context(mock.patch.object(owner, name, nothing))
+    stack.enter_context(mock.patch.object(InterpretedFunction, "run", nothing))
+    for name in ("_fused_adamw_", "_foreach_add_"):  # torch's step, and its step counts
+        stack.enter_context(mock.patch.object(torch, name, nothing))
     return stack
 
 
@@ -77,36 +72,9 @@ def measure(repeats: int) -> dict[tuple[str, str], list[float]]:
     return times
 
 
-def small_steps() -> None:
-    """A few steps over tensors of odd sizes, small enough for compute-sanitizer; see gpu.sh."""
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for dtype, (cls, options) in product((torch.float32, torch.bfloat16), SANITIZED.items()):
-        values = [torch.randn(size, device=device).to(dtype) for size in ODD_SIZES]
-        values.append(torch.randn(1500, device=device).to(dtype)[1:])  # off every alignment
-        params = list(map(torch.nn.Parameter, values))
-        optimizer = cls(params, lr=0.1, fused=True, **options)
-        for _ in range(3):
-            for param in params:
-                param.grad = torch.randn_like(param)
-            optimizer.step()
-        print(cls.__name__, dtype, optimizer.backend)
-        assert all(param.isfinite().all() for param in params)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a few small steps instead, untimed")
-    if parser.parse_args().small:
-        small_steps()
-        return
+if __name__ == "__main__":
     torch.set_num_threads(1)
     print(f"AdamW, {TENSORS} parameters in {GROUPS} groups; microseconds of the host")
     print(f"{'':<46}{'min':>8}{'median':>8}")
     for (case, name), times in measure(1000).items():
-        text = f"{name}, {case}"
-        print(f"{text:<46}{min(times) * 1e6:>8.0f}{statistics.median(times) * 1e6:>8.0f}")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"{f'{name}, {case}':<46}{min(times) * 1e6:>8.0f}{median(times) * 1e6:>8.0f}")

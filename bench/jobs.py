@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fusedreg
+from fusedreg.cases import Case
 
 LR, L1, DECAY = 0.1, 0.3, 0.5  # large, so that a wrong factor is found before anything is timed
 CLIP_SHARE = 0.5  # max_grad_norm over the norm of the gradients: clipping halves them
@@ -28,30 +29,20 @@ class Method:
     kwargs: dict[str, Any]
     states: int  # tensors that are read and written
     foreach: int | None = None  # numbers per parameter that torch's foreach reads and writes
+    layerwise: bool = False  # an update is applied when its norm is known
 
     @property
     def l1(self) -> float:
         return float(self.kwargs.get("l1", 0.0))
 
-    @property
-    def layerwise(self) -> bool:
-        """Whether a norm of each tensor's update must be known before it is applied."""
-        return bool(getattr(getattr(fusedreg, self.cls), "layerwise", False))
-
     @cached_property
-    def case(self) -> Any:
+    def case(self) -> Case:
         """The same for the oracle."""
-        from fusedreg.cases import Case  # noqa: PLC0415  # another commit may lack it
-
         return Case(self.cls, "bench", getattr(fusedreg, self.cls), self.kwargs)
 
     @property
     def ways_of_torch(self) -> tuple[str, ...]:
-        """How torch.optim computes it; () where it does not.
-
-        >>> METHODS["RMSprop"].ways_of_torch, METHODS["Lion"].ways_of_torch
-        (('foreach', 'for-loop'), ())
-        """
+        """How torch.optim computes it; () where it does not."""
         cls = getattr(torch.optim, self.cls, None)
         fused = cls is not None and "fused" in inspect.signature(cls).parameters
         return (*["fused"] * fused, *["foreach", "for-loop"] * (cls is not None))
@@ -73,7 +64,7 @@ METHODS = {
     "RMSprop": Method("RMSprop", RMSPROP, 2, 21),
     "Adagrad": Method("Adagrad", {"eps": 1e-10, "weight_decay": DECAY}, 1, 16),
     "Lion": Method("Lion", {"betas": (0.9, 0.99), "weight_decay": DECAY}, 1),
-    "LAMB": Method("LAMB", {**ADAM, "eps": 1e-6, "weight_decay": 4 * DECAY}, 2),
+    "LAMB": Method("LAMB", {**ADAM, "eps": 1e-6, "weight_decay": 4 * DECAY}, 2, layerwise=True),
 }
 USUAL = tuple(METHODS)[:4]  # what a quick run compares; the others come later
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -152,31 +143,28 @@ MODELS: dict[str, Groups] = {
 }
 SIZES = {f"{2**power} in 16 tensors": even(2**power, 16) for power in (14, 17, 20, 23, 26, 28)}
 TENSORS = {f"2**22 in {count} tensors": even(2**22, count) for count in (1, 8, 64, 512, 4096)}
-# For pytest-benchmark.
-SMALL: dict[str, Groups] = {
+SMALL: dict[str, Groups] = {  # for pytest-benchmark
     "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
     "1 M in 500 tensors": even(2**20, 500),
 }
-# Two that are large, one of many tensors, and a small one, of which a step is overhead.
-EVEN = ((144, 264000), (3000, 3500), (10, 1000))
-OF_TARGETS = {"GPT-2 124M": [GPT2], **{f"{n} tensors of {x}": even(n * x, n) for n, x in EVEN}}
+# A small one, of which a step is overhead, one of many tensors, and two that are large.
+EVEN = ((10, 1000), (3000, 3500), (144, 264000))
+OF_TARGETS = {**{f"{n} tensors of {x}": even(n * x, n) for n, x in EVEN}, "GPT-2 124M": [GPT2]}
 # Two models and two sizes for a dry run.
 TINY: dict[str, Groups] = {"tiny": [[(40, 30), (3,)]], "tiny in 2 groups": [[(40, 30)], [(3,)]]}
 TINY |= {f"{numel} in 2 tensors": even(numel, 2) for numel in (300, 600)}
 SHAPES = {**MODELS, **SIZES, **TENSORS, **OF_TARGETS, **TINY}
-LONG = 2**24  # parameters; a CPU steps more in seconds
 
 
 @dataclass(frozen=True)
 class Job:
     """One comparison."""
 
-    kind: str  # model, size, tensors (the two sweeps), parts or compiled
+    kind: str  # model, size, tensors (the two sweeps) or parts
     model: str
     method: str = "AdamW"
     dtype: str = "float32"
     clip: bool = True
-    compiled: str = ""  # one of torch's at a time, as they share code and its compiled forms
 
     @property
     def scaled(self) -> bool:
@@ -184,39 +172,24 @@ class Job:
 
     def __str__(self) -> str:
         parts = [self.model, self.method, self.dtype]
-        parts += ["clipped"] * self.clip + ["scaled"] * self.scaled
-        return ", ".join(parts + [f"compiled {self.compiled}"] * bool(self.compiled))
+        return ", ".join(parts + ["clipped"] * self.clip + ["scaled"] * self.scaled)
 
 
-def jobs(dry: bool, quick: bool, gpu: bool) -> list[Job]:
-    """One model, its parts, the sweeps; then what differs from that in one thing, in two, ...
-
-    The long ends of the sweeps come after the next model, as do methods that are not usual.
-    """
-    models, sizes, tensors = list(MODELS), list(SIZES), list(TENSORS)
+def jobs(dry: bool, quick: bool) -> list[Job]:
+    """One model, its parts, the sweeps, and what differs from the first in one thing; then all."""
+    (model, other, *_), sizes, tensors = MODELS, list(SIZES), list(TENSORS)
     if dry:
-        models, sizes, tensors = list(TINY)[:2], list(TINY)[2:], list(TINY)[2:]
-    sweeps = [Job("size", name) for name in sizes] + [Job("tensors", name) for name in tensors]
-    long = [job for job in sweeps if count(SHAPES[job.model]) > LONG]
-    axes: list[list[Any]] = [models, list(METHODS), list(DTYPES), [True, False]]
-
-    def rank(job: Job) -> tuple[Any, ...]:
-        values = (job.model, job.method, job.dtype, job.clip)
-        places = [axis.index(value) for axis, value in zip(axes, values, strict=True)]
-        return sum(place > 0 for place in places), places
-
-    every = sorted((Job("model", *values) for values in product(*axes)), key=rank)
-    usual = [job for job in every if job.method in USUAL]
-    rare = [job for job in every if job.method not in USUAL]
-    near, few = len(USUAL) + len(DTYPES), len(METHODS) - len(USUAL)  # with the first model
-    # A CPU compiles for 40 s where there are 161 tensors.
-    ways = product(("foreach", "fused"), (True, False), models[:2])
-    compiled = [Job("compiled", model, clip=clip, compiled=how) for how, clip, model in ways]
-    if not (gpu or dry):
-        compiled = [Job("compiled", f"{2**23} in 16 tensors", compiled="foreach")]
-    short = [job for job in sweeps if job not in long]
-    found = [usual[0], Job("parts", models[0]), *short, *usual[1:near], *compiled[:1]]
-    if quick:
-        return found
-    found += [usual[near], *rare[:few]]
-    return [*found, *long, *compiled[1:], *usual[near + 1 :], *rare[few:]]
+        model, other, *sizes = TINY
+        tensors = sizes
+    found = [Job("model", model), Job("parts", model)]
+    found += [Job("size", name) for name in sizes[:4]]
+    found += [Job("tensors", name) for name in tensors]
+    found += [Job("model", model, clip=False), Job("model", model, dtype="bfloat16")]
+    found += [Job("model", model, method) for method in USUAL]
+    if not quick:
+        found += [Job("model", model, method) for method in METHODS]
+        found += [Job("model", other), *(Job("size", name) for name in sizes[4:])]
+        models = (model, other) if dry else MODELS
+        every = product((True, False), DTYPES, METHODS, models)
+        found += [Job("model", name, method, dtype, clip) for clip, dtype, method, name in every]
+    return list(dict.fromkeys(found))  # each once, where it came first

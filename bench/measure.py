@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from contenders import REFERENCE, Contender, Maker, Task, compiled, contenders, own
+from contenders import REFERENCE, Contender, Maker, Task, contenders, own
 from jobs import DTYPES, METHODS, SHAPES, Job, count, moved_numbers, needed_numbers
 from verify import Setting
 
 Row = dict[str, Any]
+Timer = Callable[[], float]
 
 READABLE = 2**25  # parameters that fusedreg's reference path steps in less than a second
 LEAST, MOST = 6, 100  # rounds of a comparison; within them as many as its seconds allow
@@ -79,29 +80,22 @@ def host_seconds(call: Callable[[], object], machine: Machine) -> float:
         machine.wait()
         found.append(seconds(call))
     machine.wait()
-    return statistics.median(found[1:] or found)
+    return median(found[1:] or found)
 
 
 def rounds(
-    timed: Mapping[str, Sequence[Callable[[], float]]],
-    machine: Machine,
-    before: Callable[[], object],
-    least: int = LEAST,
-    most: int = MOST,
+    timed: dict[str, list[Timer]], machine: Machine, before: Callable[[], object], most: int = MOST
 ) -> dict[str, list[list[float]]]:
     """The milliseconds that the calls of each give in each round: A B, B A, in an even number of
     rounds, so that none always follows the same other one. `before` each contender is untimed."""
     times: dict[str, list[list[float]]] = {name: [] for name in timed}
-    begin, order = time.monotonic(), list(timed)
-    for done in range(most):
-        spent = time.monotonic() - begin
-        late = done >= least and (spent > machine.seconds or machine.left() < 0)
-        if (machine.dry and done) or (late and done % 2 == 0):
+    until = min(machine.deadline, time.monotonic() + machine.seconds)
+    for done in range(0, most, 2):
+        if done and (machine.dry or (done >= LEAST and time.monotonic() > until)):
             break
-        for name in order:
+        for name in [*timed] if machine.dry else [*timed, *reversed(timed)]:
             before()
             times[name].append([call() for call in timed[name]])
-        order.reverse()
     return times
 
 
@@ -111,24 +105,17 @@ def bandwidths(machine: Machine) -> dict[str, float]:
     size = 2**14 if machine.dry else 2**29 if machine.on_gpu else 2**27
     source = torch.randn(size, device=machine.device)
     target = source.clone()
-    calls: dict[str, Any] = {
-        "copy": lambda: target.copy_(source),
-        "in_place": lambda: source.mul_(1),
-    }
+    calls = {"copy": partial(target.copy_, source), "in_place": partial(source.mul_, 1)}
     timed = {name: [partial(milliseconds, call, machine)] for name, call in calls.items()}
     times = rounds(timed, machine, before=machine.wait)
-    moved = 2e-6 * source.nbytes
-    return {name: moved / statistics.median(map(sum, ms)) for name, ms in times.items()}
+    return {name: 2e-6 * source.nbytes / median(map(sum, ms)) for name, ms in times.items()}
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, p20 and p80.
-
-    >>> spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
-    (3.5, 2.0, 5.0)
-    """
-    ordered, last = sorted(values), len(values) - 1
-    return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+def spread(values: Iterable[float], *names: str) -> Row:
+    """Median, p20 and p80, by these names."""
+    ordered = sorted(values)
+    found = [ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8)]
+    return dict(zip(names or ("ms", "p20", "p80"), (median(ordered), *found), strict=True))
 
 
 def fusedreg_on(machine: Machine) -> Maker:
@@ -140,18 +127,10 @@ def participants(job: Job, machine: Machine) -> tuple[dict[str, Maker], dict[str
     """Who takes part in a comparison, and why others do not."""
     makers, missing = contenders(METHODS[job.method])
     makers["fusedreg"] = fusedreg_on(machine)
-    if job.compiled:
-        backend = "eager" if machine.dry else "inductor"
-        how = partial(compiled, how=job.compiled, backend=backend)
-        return {"fusedreg": makers["fusedreg"], f"torch.compile {job.compiled}": how}, {}
     if job.kind == "parts":
         return {name: makers[name] for name in ("fusedreg", "torch fused", "torch foreach")}, {}
-    # Where it is cheap the readable path is timed too, for what torch lacks and, on a CPU, for one
-    # other method.
     if count(SHAPES[job.model]) > READABLE:
         makers.pop(REFERENCE, None)
-    elif (job.method, job.dtype, job.clip, machine.on_gpu) == ("AdamW", "float32", True, False):
-        makers[REFERENCE] = partial(own, fused=False)
     return makers, missing
 
 
@@ -160,12 +139,12 @@ def affordable(job: Job, machine: Machine) -> int:
     one = count(SHAPES[job.model]) * DTYPES[job.dtype].itemsize
     # Parameters and gradients, both as they were, and the temporaries of foreach and of clipping;
     # a tenth is left for what nobody counts.
-    shared = 4 + 2
-    return int((0.9 * machine.free_memory() / one - shared) // METHODS[job.method].states)
+    return int((0.9 * machine.free_memory() / one - (4 + 2)) // METHODS[job.method].states)
 
 
-def timed(calls: Any, contender: Contender, machine: Machine) -> list[Callable[[], float]]:
-    """The milliseconds of each call, for `rounds`."""
+def timed(contender: Contender, machine: Machine, parts: bool = False) -> list[Timer]:
+    """What gives the milliseconds of its step, or of each part of that."""
+    calls = contender.parts.values() if parts else [contender.step]
     return [partial(milliseconds, call, machine, contender.host) for call in calls]
 
 
@@ -183,71 +162,50 @@ def compare(job: Job, makers: dict[str, Maker], machine: Machine) -> list[Row]:
     setting = Setting(shapes, DTYPES[job.dtype], machine.device, job.scaled)
     task = setting.task(METHODS[job.method], job.clip)
     setting.expected(task)  # before others take memory
-    made: dict[str, Contender] = {}
-    head = {**asdict(job), "scaled": job.scaled, "parameters": count(shapes)}
-    head |= {"tensors": len(setting.params), "groups": len(shapes)}
-    del head["compiled"]
-    rows: dict[str, list[Row]] = {}
+    made, rows = {}, {}
     for name, make in makers.items():
         try:
             made[name] = prepare(make, setting, task, machine)
         except Exception as error:  # whatever it is, the others shall be timed
-            failed = {"implementation": name, "part": "all", "matches": False}
-            rows[name] = [{**failed, "verdict": reason(error)}]
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows[name] = [{"implementation": name, "part": "all", "matches": False, "verdict": why}]
         release(machine)  # when the error, which holds on to its tensors, is gone
-    times = rounds(
-        {
-            name: timed(one.parts.values() if job.kind == "parts" else [one.step], one, machine)
-            for name, one in made.items()
-        },
-        machine,
-        setting.set_grads,
-    )
-    for name in made:
-        rows[name] = rows_of(name, made, times, job, machine)
+    calls = {name: timed(one, machine, job.kind == "parts") for name, one in made.items()}
+    times = rounds(calls, machine, setting.set_grads)
+    rows |= {name: rows_of(name, made, times, job, machine) for name in made}
+    head = {**asdict(job), "scaled": job.scaled, "parameters": count(shapes)}
+    head |= {"tensors": len(setting.params), "groups": len(shapes)}
     return [{**head, **row} for name in makers for row in rows[name]]
 
 
 def rows_of(name: str, made: dict[str, Contender], times: Any, job: Job, machine: Any) -> list[Row]:
     """The whole step, and its parts where they were timed."""
     contender, ours, method = made[name], made.get("fusedreg"), METHODS[job.method]
+    size, whole, verdict = DTYPES[job.dtype].itemsize, times[name], contender.verdict
     shown = f"{name} ({contender.backend})" if name == "fusedreg" else name
-    moved, size = moved_numbers(method, job.clip, job.scaled, shown), DTYPES[job.dtype].itemsize
-    needed, whole, verdict = size * needed_numbers(method, job.clip), times[name], contender.verdict
     same = {"implementation": shown, "backend": contender.backend, "rounds": len(whole)}
-    same |= {"matches": verdict.matches, "verdict": str(verdict)}
-    ratios: Any = [None] * 3
+    same |= {"matches": verdict.matches, "verdict": verdict.text}
+    names = ("ratio", "ratio_p20", "ratio_p80")
+    ratios: Row = dict.fromkeys(names)
     if verdict.matches and ours and ours.verdict.matches:
-        ratios = spread([sum(a) / sum(b) for a, b in zip(whole, times["fusedreg"], strict=True)])
+        pairs = zip(whole, times["fusedreg"], strict=True)
+        ratios = spread((sum(a) / sum(b) for a, b in pairs), *names)
     elif verdict.matches:
         same["verdict"] = "no ratio: fusedreg's results differ or it failed"
-    row = {
-        **same,
-        "part": "all",
-        **in_ms(map(sum, whole)),
-        **dict(zip(("ratio", "ratio_p20", "ratio_p80"), ratios, strict=True)),
-        "error_of_bound": verdict.of_bound,
-        "needed_bytes": needed,
-        "moved_bytes": size * sum(moved.values()) if moved else None,
-        "host_us": 1e6 * contender.host if machine.on_gpu else None,
-        "launches": getattr(contender.optimizer, "launches", None),
-    }
-    row["gb_per_s"] = needed * count(SHAPES[job.model]) / (1e6 * row["ms"])
-    row["of_bandwidth"] = 1e9 * row["gb_per_s"] / machine.bandwidth
+    numbers = moved_numbers(method, job.clip, job.scaled, shown)
+    moved = {part: size * number for part, number in numbers.items()}
+    needed = size * needed_numbers(method, job.clip)
+    row = {**same, "part": "all", **spread(map(sum, whole)), **ratios}
+    row |= {"needed_bytes": needed, "moved_bytes": sum(moved.values()) or None}
+    row["of_bandwidth"] = 1e3 * needed * count(SHAPES[job.model]) / row["ms"] / machine.bandwidth
+    row["launches"] = getattr(contender.optimizer, "launches", None)
+    row["host_us"] = 1e6 * contender.host if machine.on_gpu else None
+    row["error_of_bound"] = verdict.of_bound
     if job.kind != "parts":
         return [row]
     parts = zip(contender.parts, zip(*whole, strict=True), strict=True)
-    of = {part: size * moved[part] if moved else None for part in contender.parts}
-    return [row, *({**same, "part": p, **in_ms(ms), "moved_bytes": of[p]} for p, ms in parts)]
-
-
-def in_ms(times: Any) -> Row:
-    return dict(zip(("ms", "p20", "p80"), spread(list(times)), strict=True))
-
-
-def reason(error: Exception) -> str:
-    """In one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    more = ({**same, "part": p, **spread(ms), "moved_bytes": moved.get(p)} for p, ms in parts)
+    return [row, *more]
 
 
 def release(machine: Machine) -> None:

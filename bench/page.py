@@ -1,25 +1,24 @@
-"""The results of a run as files: bench.json, bench.csv and the tables of bench.txt.
+"""The results of a run as files: bench.json and the tables of bench.txt.
 
-`python bench/page.py FOLDER` publishes them. They are kept in a folder of bench/results/ that is
-named after the device, from which alone table and figures of docs/benchmark.md come.
+`python bench/page.py FOLDER` keeps them, by default those of the latest run, in a folder that is
+named after the device. Table and figures of docs/benchmark.md come from there alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import io
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
-from itertools import chain, groupby, product
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import DTYPES, METHODS, Job, moved_numbers, needed_numbers
+from jobs import DTYPES, METHODS, Job, moved_numbers
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,19 +31,15 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 LATEST = ROOT / "bench/results/latest"
 PAGE = ROOT / "docs/benchmark.md"
-FIGURES = ("parts", "bandwidth", "tensors", "bytes")
 BEGIN, END = "<!-- from bench/page.py -->\n", "<!-- until here -->\n"
-# Columns of the tables.
-SHOWN = {
+SHOWN = {  # columns of the tables, and how they are written
     **dict.fromkeys(("ms", "p20", "p80"), ".4g"),
     **dict.fromkeys(("ratio", "ratio_p20", "ratio_p80"), ".3g"),
     "of_bandwidth": ".1%",
     **dict.fromkeys(("rounds", "moved_bytes", "launches"), "d"),
     "host_us": ".0f",
 }
-RUN = ("copy_gb_per_s", "in_place_gb_per_s", "threads", "commit")
-# Their versions are written down where they are installed.
-LIBRARIES = (
+LIBRARIES = (  # whose versions are written down where they are installed
     *("optimi", "torch-optimi", "bitsandbytes", "torchao", "timm"),
     *("lion-pytorch", "pytorch-optimizer", "apex"),
 )
@@ -57,47 +52,34 @@ TARGETS_NOTE = (
 TARGET_COLUMNS = ("what", "shapes", "arms", "ms", "ratio", "pairs", "target", "")
 
 
-def new_report(commit: str | None, bandwidths: dict[str, float]) -> Report:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    if not commit and (ROOT / ".git").exists():  # not a copy without history
-        commit = subprocess.check_output([*command, "--exclude=*"], text=True).strip()
+def new_report(bandwidths: dict[str, float]) -> Report:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = None
+    if (ROOT / ".git").exists():  # not a copy without history
+        commit = subprocess.check_output(command, cwd=ROOT, text=True).strip()
     return {
         **environment("triton", *LIBRARIES),
         "threads": torch.get_num_threads(),
         "commit": commit,
         **{f"{name}_gb_per_s": value for name, value in bandwidths.items()},
-        "traffic": list(map(traffic, product(METHODS, DTYPES, (False, True)))),
+        "traffic": list(map(traffic, METHODS)),
         **{name: [] for name in ("targets", "rows", "left_out")},
         "not_installed": {},
     }
 
 
-def traffic(case: tuple[str, str, bool]) -> Row:
+def traffic(name: str) -> Row:
     """Bytes per parameter by arithmetic, for the figure of them."""
-    (name, dtype, scaled), method = case, METHODS[case[0]]
-    size, row = DTYPES[dtype].itemsize, {"method": name, "dtype": dtype, "scaled": scaled}
-    row["needed_bytes"] = size * needed_numbers(method, clip=True)
+    row: Row = {"method": name, "dtype": "float32", "scaled": True}
     for who in ("fusedreg kernels", "torch fused", "torch foreach"):
-        if moved := moved_numbers(method, True, scaled, who):
-            row[who] = {part: size * n for part, n in moved.items()}
+        if moved := moved_numbers(METHODS[name], True, True, who):
+            row[who] = {part: DTYPES["float32"].itemsize * n for part, n in moved.items()}
     return row
 
 
 def write(report: Report, out: Path) -> None:
     (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "bench.csv").write_text(as_csv(report), encoding="utf-8")
     (out / "bench.txt").write_text(as_text(report), encoding="utf-8")
-
-
-def as_csv(report: Report) -> str:
-    """Every row with the machine, the versions and the commit that it belongs to."""
-    same = {**report["machine"], **{name: report[name] for name in RUN}, **report["versions"]}
-    text = io.StringIO()
-    names = dict.fromkeys(chain(*report["rows"], same))
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **same} for row in report["rows"])
-    return text.getvalue()
 
 
 def as_text(report: Report) -> str:
@@ -108,9 +90,9 @@ def as_text(report: Report) -> str:
         "of bandwidth: needed bytes over time, of the larger of the two bandwidths",
     ]
     if report["targets"]:
-        more = {"caption": TARGETS_NOTE, "caption_justify": "left"}
-        rows = map(target_cells, report["targets"])
-        parts += ["", table(TARGETS_TITLE, TARGET_COLUMNS, rows, TARGET_COLUMNS[:-1], **more)]
+        made = table(TARGETS_TITLE, TARGET_COLUMNS, map(target_cells, report["targets"]), "left")
+        made.caption, made.caption_justify = TARGETS_NOTE, "left"
+        parts += ["", made]
     for title, of in groupby(report["rows"], key=title_of):
         parts += ["", table_of(title, list(of))]
     why = [f"{name}: {reason}" for name, reason in report["not_installed"].items()]
@@ -119,8 +101,7 @@ def as_text(report: Report) -> str:
             parts += ["", title, *(f"  {line}" for line in lines)]
     console = Console(file=io.StringIO(), width=200, color_system=None)
     for part in parts:
-        plain: Any = {"markup": False, "soft_wrap": True} if isinstance(part, str) else {}
-        console.print(part, highlight=False, **plain)
+        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
@@ -129,12 +110,13 @@ def bandwidth_of(report: Report) -> str:
     return f"a large copy {copy:.1f} GB/s, a product in place {product:.1f} GB/s, read plus written"
 
 
-def table(
-    title: str, headings: Iterable[str], rows: Iterable[list[str]], fixed: Any, **more: Any
-) -> Table:
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, **more)
-    for heading in headings:
-        made.add_column(heading, no_wrap=heading in fixed)
+def table(title: str, headings: Sequence[str], rows: Iterable[list[str]], justify: Any) -> Table:
+    """A name, columns that stand to the left or to the right, and a verdict, which may be long."""
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    made.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:-1]:
+        made.add_column(heading, no_wrap=True, justify=justify)
+    made.add_column(headings[-1])
     for row in rows:
         made.add_row(*row)
     return made
@@ -158,21 +140,11 @@ def table_of(title: str, rows: list[Row]) -> Table:
         whole = row["part"] == "all"
         name = row["implementation"] if whole else f"  {row['part']}"
         lines.append([name, *cells, row["verdict"] if whole else ""])
-    made = table(title, ["", *(name.replace("_", " ") for name in shown), ""], lines, ())
-    for column in made.columns[1:-1]:
-        column.justify = "right"
-    return made
+    return table(title, ["", *(name.replace("_", " ") for name in shown), ""], lines, "right")
 
 
 def target_cells(row: Row) -> list[str]:
-    """A line of the table of targets, here and on the page.
-
-    >>> row = {"what": "AdamW", "model": "tiny", "arms": ["torch", "fusedreg"], "unit": "",
-    ...     "ms": [3.0, 2.0], "value": 1.5, "p20": 1.25, "p80": 1.75, "rounds": 6,
-    ...     "target": "at least 2", "met": False, "verdict": "missed"}
-    >>> target_cells(row)[2:]
-    ['torch / fusedreg', '3 / 2', '1.5 (1.25 to 1.75)', '6', 'at least 2', 'missed']
-    """
+    """A line of the table of targets, here and on the page."""
     sign = " - " if row["unit"] else " / "
     found = ["-"] * 3
     if row["value"] is not None:
@@ -222,31 +194,16 @@ def results(folder: Path) -> str:
     )
 
 
-def slug(machine: dict[str, Any]) -> str:
-    """A folder name for the device.
-
-    >>> slug({"cpu": "AMD EPYC", "cores": 2}), slug({"cores": 2, "gpu": "NVIDIA H100 80GB HBM3"})
-    ('amd-epyc-2-cores-cpu', 'nvidia-h100-80gb-hbm3')
-    """
-    cpu = machine.get("cpu") or machine.get("architecture")
-    name = machine.get("gpu") or f"{cpu} {machine['cores']} cores cpu"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=LATEST, help="of the run")
-    folder = parser.parse_args().folder.resolve()
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]).resolve() if sys.argv[1:] else LATEST
     machine = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["machine"]
-    kept = LATEST.parent / slug(machine)
+    cpu = machine["cpu"] or machine["architecture"]
+    name = machine.get("gpu") or f"{cpu} {machine['cores']} cores cpu"
+    kept = LATEST.parent / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if kept != folder:
         shutil.copytree(folder, kept, dirs_exist_ok=True)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     text = f"{before}{BEGIN}\n{results(kept)}\n{END}{rest.partition(END)[2]}"
     PAGE.write_text(text, encoding="utf-8")
-    for name in FIGURES:
-        shutil.copyfile(kept / f"{name}.svg", ROOT / f"docs/figures/benchmark-{name}.svg")
-
-
-if __name__ == "__main__":
-    main()
+    for figure in kept.glob("*.svg"):
+        shutil.copyfile(figure, ROOT / f"docs/figures/benchmark-{figure.name}")

@@ -8,6 +8,7 @@ can take its formulas. A norm of all gradients is formed over all of them, in fl
 from __future__ import annotations
 
 import sys
+from bisect import bisect
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from contenders import Contender, Task, make_groups
 from jobs import CLIP_SHARE, SCALE, Groups, Method
 from torch import Tensor
+
+from fusedreg.check import oracle
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/lib"))
 import intervals  # what the tests judge random programs by
@@ -56,8 +59,6 @@ def error(x: Interval) -> Tensor:
 
 def one_step(slot: Any, grad: Interval, lr: Interval, method: Method) -> None:
     """A step of the oracle; the norms of a trust ratio are those of the middles, about."""
-    from fusedreg.check import oracle  # noqa: PLC0415  # another commit may lack it
-
     before, norm = slot.w, torch.linalg.vector_norm
     oracle.one_step(slot, grad, method.case, lr=lr)
     if method.layerwise:
@@ -71,25 +72,20 @@ intervals.FUNCTIONS[torch.linalg.norm] = lambda x: torch.linalg.norm(middle(x))
 
 
 class Verdict(NamedTuple):
-    """The largest error over its bound, and what is to be said of it."""
+    """The largest error over its bound, and by how much results differ that are out of bounds."""
 
     of_bound: float
-    differs: str
+    text: str
 
     @property
     def matches(self) -> bool:
-        return self.of_bound <= 1  # and not NaN
-
-    def __str__(self) -> str:
-        return "" if self.matches else self.differs
+        return not self.text
 
 
 class Setting:
     """Parameters and gradients as all contenders begin with them."""
 
-    def __init__(
-        self, shapes: Groups, dtype: torch.dtype, device: torch.device, scaled: bool = False
-    ) -> None:
+    def __init__(self, shapes: Groups, dtype: Any, device: Any, scaled: bool = False) -> None:
         self.groups, self.dtype = make_groups(shapes, dtype, device), dtype
         self.params = [param for group in self.groups for param in group["params"]]
         self.scale = SCALE if scaled else 1.0
@@ -120,18 +116,15 @@ class Setting:
     def sample(self, tensors: list[Any], method: Method) -> list[Tensor]:
         """Elements as float64: all of the smallest tensors, if the method is layerwise; else some
         at equal distances, which are odd, so that every position in a vector or block is met."""
-        k = 1 if method.layerwise else 2 * sum(x.numel() for x in tensors) // SAMPLE | 1
+        k = 2 * sum(x.numel() for x in tensors) // SAMPLE | 1
         if method.layerwise:
             smallest = sorted(tensors, key=torch.numel)
-            ends = accumulate(map(torch.numel, smallest))
-            tensors = [x for x, end in zip(smallest, ends, strict=True) if end <= SAMPLE]
-            tensors = tensors or smallest[:1]
+            ends = list(accumulate(map(torch.numel, smallest)))
+            k, tensors = 1, smallest[: max(1, bisect(ends, SAMPLE))]
         return [x.detach().flatten()[(x.numel() - 1) % k :: k].double() for x in tensors]
 
     def _expected(self, task: Task) -> tuple[Tensor, Tensor]:
         """The oracle after the steps, and how far from it each element of the sample may be."""
-        from fusedreg.check.oracle import Slot  # noqa: PLC0415  # as above
-
         method = task.method
 
         def read(tensors: list[Any], factor: float = 1.0, relative: float = 0.0) -> list[Interval]:
@@ -140,7 +133,7 @@ class Setting:
             parts = parts if method.layerwise else torch.cat(parts).split(2**14)
             return [around(x, relative * x.abs(), self.dtype) for x in parts]
 
-        slots: list[Any] = [Slot(w) for w in read(self.values)]
+        slots: list[Any] = [oracle.Slot(w) for w in read(self.values)]
         rates = [
             torch.tensor(group["lr"], dtype=torch.float64, device=w.device).expand(w.shape)
             for group in self.groups
@@ -177,5 +170,6 @@ class Setting:
         value, bound = self.expected(task)
         off = torch.where(bound.isinf() & sample.isfinite(), 0.0, (sample - value).abs())
         worst = int((off / bound).nan_to_num(nan=torch.inf, posinf=torch.inf).argmax())
-        told = f"results differ: by {off[worst]:.1e}, where {bound[worst]:.1e} is allowed"
-        return Verdict(float(off[worst] / bound[worst]), told)
+        of_bound = float(off[worst] / bound[worst])
+        differ = f"results differ: by {off[worst]:.1e}, where {bound[worst]:.1e} is allowed"
+        return Verdict(of_bound, "" if of_bound <= 1 else differ)  # also of a NaN

@@ -126,7 +126,7 @@ def binaries(
     before = launch.LAUNCH_OPTIONS
     launch.LAUNCH_OPTIONS = {**before, "enable_fp_fusion": contract or before["enable_fp_fusion"]}
     try:
-        made = _step(case.make(tensors, **{"max_grad_norm": 1.0, **options}), target)
+        made = _step(case.make(tensors, "default", **{"max_grad_norm": 1.0, **options}), target)
     finally:
         launch.LAUNCH_OPTIONS = before
     return {one.name: _read(one) for one in made}
@@ -165,7 +165,7 @@ def hashes_after(edit: tuple[str, str, str] | None, case: Any, **options: Any) -
     import torch
 
     with _edited(edit):
-        made = _step(case.make(params(torch.float32, [FULL]), **options), "sm_90")
+        made = _step(case.make(params(torch.float32, [FULL]), "default", **options), "sm_90")
     return {one.name: one.hash for one in made}
 
 

@@ -16,10 +16,10 @@ demo: $(READY)  ## train on real data, compare with scikit-learn and torch.optim
 	$(BIN)/fusedreg demo
 
 test: $(READY)  ## what every change runs; COVERAGE=--cov counts the branches too, in twice the time
-	$(BIN)/pytest -n 2 --benchmark-disable -m "not slow" $(COVERAGE)
+	$(BIN)/pytest -n 2 --dist worksteal --benchmark-disable -m "not slow" $(COVERAGE)
 
 test-all: $(READY)  ## every test, or those of TESTS='-m slow'
-	$(BIN)/pytest -n 2 --benchmark-disable $(TESTS)
+	$(BIN)/pytest -n 2 --dist worksteal --benchmark-disable $(TESTS)
 
 faults: $(READY)  ## plant faults one by one, and see which tests catch them
 	$(BIN)/python tests/faults.py $(FAULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from zlib import crc32
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ import fusedreg
 
 import environment  # noqa: F401  # before the first optimizer, which cases.py makes
 from cases import ON_PATH, QUICK
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked sampled(n), some n-th of the items is for `make test`, the rest is slow."""
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and crc32(item.nodeid.encode()) % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(

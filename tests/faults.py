@@ -121,7 +121,7 @@ FAULTS = [
     Fault("kernels: clip adds 1e-3", STEPS, "factor = max_norm / (norm + 1e-6)", "factor = max_norm / (norm + 1e-3)", CLIPPING),
     # ---- kernels of a GPU, interpreted
     Fault("GPU: last block is not stored", WALK, "if rest < tl.minimum(begin + CHUNK, numel):\n            step_block(", "if rest > numel:\n            step_block(", GPU),
-    Fault("kernels: maximize ignored", STEPS, "return (active, sign * scale, gain), scalars, counts", "return (active, scale, gain), scalars, counts", GPU),
+    Fault("kernels: maximize ignored", STEPS, "return (active, sign * scale, gain), scalars, counts", "return (active, scale, gain), scalars, counts", CPU),
     Fault("GPU: all count where the first tensor does", WALK, "(FIRST_COUNT + i) * tensors + tensor)\n        ptr", "(FIRST_COUNT + i) * tensors)\n        ptr", GPU),
     Fault("shrink takes the gain", PENALTIES, "threshold = (rate * numbers[0]).to(w.dtype)", "threshold = (rate * numbers[0] * mass).to(w.dtype)", CPU),
     # What a scaler says is read by the host here; only on a GPU the kernel of the rows reads it.
@@ -176,6 +176,8 @@ def first_failure(folder: Path, tests: str, selection: tuple[str, ...]) -> str |
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED tests/")]
     if done.returncode == 1 and failed:
         return failed[0].split(" - ")[0].removeprefix("FAILED tests/").rpartition("/")[2]
+    if done.returncode < 0:  # a wrong address does that
+        return f"the process died of signal {-done.returncode}"
     if done.returncode != 0:  # nothing was imported or collected, which no test can be praised for
         raise RuntimeError(
             f"pytest exits with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

@@ -101,6 +101,7 @@ def step(optimizers: Sequence[Any], steps: int, seed: int) -> None:
             optimizer.step()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_case(CASES, paths=("reference", "default", "fused"))
 def test_steps_and_checkpoints_are_those_of_bfloat16(

@@ -54,6 +54,7 @@ def scaler_of(scale: float = SCALE) -> GradScaler:
     return scaler
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stage", ["ready", "unscaled"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0], ids=["free", "clipped"])
 @each_case(FEW_CASES)
@@ -287,6 +288,7 @@ def test_first_step_of_a_late_parameter_may_be_skipped_too(case: Case, path: str
     assert not differences(snapshot(optimizer), snapshot(plain))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @each_case(FEW_CASES)
 def test_skip_nonfinite_skips_and_counts(case: Case, bad: float, path: str) -> None:

@@ -173,6 +173,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.sampled(4)
 @ways
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("cls", WITH_BETAS)
@@ -204,6 +205,7 @@ def test_a_list_that_is_set_is_read_in_every_step(cls: Any, path: str) -> None:
     assert frozen(parameters_of(optimizer)) == frozen(parameters_of(expected))
 
 
+@pytest.mark.sampled(3)
 @ways
 @pytest.mark.parametrize("kind", [numpy.array, numpy.float64, lambda x: torch.tensor([x])])
 @pytest.mark.parametrize("cls", CLASSES)

@@ -288,6 +288,7 @@ BY_ID = {case.id: case for case in CASES}
 three_paths = pytest.mark.parametrize("path", ["reference", "default", "fused"], indirect=True)
 
 
+@pytest.mark.sampled(4)
 @three_paths
 @pytest.mark.parametrize("stage", ["fresh", "settled"])
 @pytest.mark.parametrize(("of", "dtype"), PLAIN + PENALISED, ids=lambda x: getattr(x, "id", str(x)))

@@ -229,6 +229,7 @@ def test_every_class_has_an_independent_decay() -> None:
     assert set(INDEPENDENT) == set(CLASSES)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @each_case(INDEPENDENT_CASES, all_on=("reference",))
 def test_independent_decay_is_decoupled_decay_over_the_first_lr(

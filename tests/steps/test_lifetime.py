@@ -46,6 +46,7 @@ def train(case: Case, path: str, lr: Any, **options: Any) -> list[weakref.ref[An
     return [*map(weakref.ref, (big, param, optimizer, batch)), *states]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("clip", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 @each_case(EACH)
 def test_all_of_a_training_is_freed_with_its_last_reference(

@@ -93,6 +93,7 @@ def test_table_of_schedulers_is_complete() -> None:
     assert {*lr_schedulers(), "LRScheduler"} >= set(lr_scheduler.__all__)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", lr_schedulers())
 @pytest.mark.parametrize("cls", TORCH_CLASSES)
 def test_scheduler_moves_fusedreg_as_torch(cls: type, name: str, path: str) -> None:

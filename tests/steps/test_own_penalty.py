@@ -82,6 +82,7 @@ def on_path(cls: Any, path: str) -> Any:
     return lambda params, **options: cls(params, **{**PATHS[path], **options})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("path", ["reference", "default", "fused"])

@@ -136,6 +136,7 @@ def test_float64_trajectory_equals_torch(case: Case, path: str) -> None:
     assert_close(actual, expected, ulps=8)
 
 
+@pytest.mark.sampled(4)
 @each_case(UPSTREAM_CASES, all_on=("reference", "default"))
 def test_optim_inputs_equal_torch(case: Case, path: str) -> None:
     actual = trajectory(partial(case.make, path=path), torch.float64, FEW)

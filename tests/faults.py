@@ -52,8 +52,8 @@ STEPS = "kernels/device/step.py"
 MOMENTUM, GROUPS = "fusedreg/optimizers/momentum.py", "fusedreg/groups.py"
 ADAM, RMSPROP = "fusedreg/optimizers/adam.py", "fusedreg/optimizers/rmsprop.py"
 LOOPS, WALK, ROWS = "kernels/cpu/loops.py", "kernels/gpu/walk.py", "kernels/gpu/rows.py"
-OPTIMIZER, PLAN, WATCH = (
-    "fusedreg/optimizer.py",
+NUMBERS, PLAN, WATCH = (
+    "fusedreg/engine/numbers.py",
     "fusedreg/engine/plan.py",
     "fusedreg/engine/watch.py",
 )
@@ -80,7 +80,8 @@ FAULTS = [
     Fault("threshold grows negative weights", PENALTIES, "w + threshold, small", "w - threshold, small", CPU),
     # ---- reference
     Fault("reference: averages are doubled", MOMENTUM, "half, half_new = 0.5 * old, 0.5 * new", "half, half_new = old, new", REFERENCE),
-    Fault("reference: a buffer of zeros is warm", MOMENTUM, "return torch.where(has_moved, mass + (1 - dampening) / (1 - momentum), mass)", "return mass + (1 - dampening) / (1 - momentum)", f"{AMP} {STATE} steps/test_options.py"),
+    Fault("reference: a buffer of zeros is warm", MOMENTUM, "mass = torch.where(has_moved, warm, mass)", "mass = warm", f"{AMP} {STATE} steps/test_options.py"),
+    Fault("reference: a warm buffer is undamped", MOMENTUM, "limit = (mass + (1 - dampening)) / (1 - momentum)", "limit = (mass + 1) / (1 - momentum)", f"{STATE} steps/test_options.py steps/test_stateful.py"),
     Fault("reference: bias correction left out", ADAM, "direction = m / denominator / (1 - beta1**step)", "direction = m / denominator", REFERENCE),
     Fault("reference: centered without centre", RMSPROP, "variance = (v - a * a).clamp(min=0)", "variance = v", REFERENCE),
     Fault("reference: maximize ignored", REFERENCE_STEP, "if settings[\"maximize\"]:", "if False:", REFERENCE),
@@ -127,6 +128,9 @@ FAULTS = [
     # What a scaler says is read by the host here; only on a GPU the kernel of the rows reads it.
     Fault("kernels: loss scale multiplies", PLAN, "scale, grad_scale = scale / float(grad_scale), None", "scale, grad_scale = scale * float(grad_scale), None", AMP),
     # ---- plans
+    Fault("two terms have the same numbers", NUMBERS, "place, index, term.stage", "0, 0, term.stage", "steps/test_own_penalties.py"),
+    Fault("a late count comes never", NUMBERS, "rule.states(group), rule.counts_of(group)", "rule.states(group), ()", "kernels/test_own_rules.py"),
+    Fault("options of a rule begin too early", NUMBERS, "line[self.width - structure.options :]", "line[-1 - structure.options : -1]", f"{ORACLE} -k default"),
     Fault("addresses are never sent again", PLAN, "if not self._pending.tables:\n            return", "return", "kernels/test_plan.py kernels/test_same_memory.py"),
     Fault("a moved gradient is not noticed", WATCH, "return MOVED if moved else OTHER_GRADS", "return MOVED if moved else NOTHING", "kernels/test_plan.py kernels/test_same_memory.py"),
     Fault("a new gradient of an old parameter", WATCH, "if self.idle and any(", "if False and any(", "kernels/test_plan.py steps/test_step.py"),

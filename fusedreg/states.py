@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -35,9 +35,8 @@ def create_states(rule: UpdateRule, states: States, work: Work) -> None:
             for param in params:
                 if param.device == device:
                     state = states.get(param, {})
-                    before = {*state}
                     rule.init_state(settings, param, state)
-                    _check_counts(rule, settings, state, state.keys() - before)
+                    _check_counts(rule, settings, state)
                     if dist.where_of(param) is not None:
                         _shard_alike(rule, group, param, state)
                     if state:
@@ -59,22 +58,13 @@ def _tidy(rule: UpdateRule, group: ParamGroup, param: Tensor, state: dict[str, T
             state[name] = rule.counts[name].create(param, value)
 
 
-def _check_counts(
-    rule: UpdateRule, settings: Settings, state: dict[str, Tensor], created: Set[str]
-) -> None:
-    """Raise where a count is missing, which kernels would take for 1, or is not declared."""
-    who, needed = type(rule).__name__, rule.counts_of(settings)
-    for name in needed:
+def _check_counts(rule: UpdateRule, settings: Settings, state: dict[str, Tensor]) -> None:
+    """Raise where a count is missing, which kernels would take for 1."""
+    for name in rule.counts_of(settings):
         if name not in state:
             raise RuntimeError(
-                f"{who}.init_state creates no {name!r}: call super().init_state, which creates all "
-                "counts that counts_of names"
-            )
-    for name in rule.counts:
-        if name in created and name not in needed:
-            raise RuntimeError(
-                f"{who}.init_state creates {name!r}, which counts_of does not name for this group: "
-                "a step that needs it later would not have it"
+                f"{type(rule).__name__}.init_state creates no {name!r}: call "
+                "super().init_state, which creates all counts that counts_of names"
             )
 
 

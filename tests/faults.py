@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("fusedreg", "kernels", "tests", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+COPIED = (
+    "fusedreg",
+    "kernels",
+    "tests",
+    "bench",
+    "docs",
+    "pyproject.toml",
+    "README.md",
+    "CONTRIBUTING.md",
+)
 TIMEOUT = 300
 """Seconds for the tests of one fault. One that takes longer is not caught."""
 SHORT, LONG = ("-m", "not slow"), ()
@@ -80,8 +89,8 @@ FAULTS = [
     Fault("threshold grows negative weights", PENALTIES, "w + threshold, small", "w - threshold, small", CPU),
     # ---- reference
     Fault("reference: averages are doubled", MOMENTUM, "half, half_new = 0.5 * old, 0.5 * new", "half, half_new = old, new", REFERENCE),
-    Fault("reference: a buffer of zeros is warm", MOMENTUM, "mass = torch.where(has_moved, warm, mass)", "mass = warm", f"{AMP} {STATE} steps/test_options.py"),
-    Fault("reference: a warm buffer is undamped", MOMENTUM, "limit = (mass + (1 - dampening)) / (1 - momentum)", "limit = (mass + 1) / (1 - momentum)", f"{STATE} steps/test_options.py steps/test_stateful.py"),
+    Fault("reference: a buffer of zeros is warm", MOMENTUM, "mass = torch.where(has_moved, mass + limit, mass)", "mass = mass + limit", f"{AMP} {STATE} steps/test_options.py"),
+    Fault("reference: a warm buffer is undamped", MOMENTUM, "limit = (1 - dampening) / (1 - group[\"momentum\"])", "limit = 1 / (1 - group[\"momentum\"])", f"{STATE} steps/test_options.py steps/test_stateful.py"),
     Fault("reference: bias correction left out", ADAM, "direction = m / denominator / (1 - beta1**step)", "direction = m / denominator", REFERENCE),
     Fault("reference: centered without centre", RMSPROP, "variance = (v - a * a).clamp(min=0)", "variance = v", REFERENCE),
     Fault("reference: maximize ignored", REFERENCE_STEP, "if settings[\"maximize\"]:", "if False:", REFERENCE),

@@ -70,7 +70,7 @@ def create_mass(
     state: dict[str, Tensor],
     dampening: Number = 0.0,
 ) -> None:
-    """Create the mass where the group needs it, before its buffer is created.
+    """Create the mass where a threshold needs it, before the buffer is created.
 
     A buffer may be older than the mass, because l1 was turned on later. It counts as warmed up: the
     mass is then at its limit. A buffer of zeros does not, because its first step was skipped.
@@ -79,14 +79,11 @@ def create_mass(
     buffer = planes_in(storage, state, "momentum_buffer")
     if buffer is None:
         state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
-    if "momentum_mass" in state or "momentum_mass" not in rule.counts_of(group):
+    if "momentum_mass" in state or not needs_mass(rule, group):
         return
     mass = MASS.create(param)
     if buffer is not None:
-        momentum = group["momentum"]
-        limit = (mass + (1 - dampening)) / (1 - momentum)
-        # Where there is no limit, any number but 0 tells that the first gradient was seen.
-        warm = torch.where((mass + momentum < 1) & (limit != 0), limit, 1.0)
         has_moved = whole(storage.load(buffer, torch.float32).any())
-        mass = torch.where(has_moved, warm, mass)
+        limit = (1 - dampening) / (1 - group["momentum"])
+        mass = torch.where(has_moved, mass + limit, mass)
     state["momentum_mass"] = mass

@@ -120,18 +120,6 @@ def test_a_count_that_is_turned_on_later_is_created_then(path: str) -> None:
     assert state["seen"] == 2
 
 
-def test_a_count_that_counts_of_does_not_name_is_refused(path: str) -> None:
-    """A plan is made anew where `counts_of` says something else, so it must say all."""
-
-    class Hidden(Late):
-        def init_state(self, group: Any, param: Any, state: Any) -> None:
-            state["seen"] = Count().create(param)
-
-    optimizer = Hidden(ones(1), **PATHS.get(path, {}))
-    with pytest.raises(RuntimeError, match=r"Hidden\.init_state creates 'seen', which counts_of"):
-        step(optimizer)
-
-
 def test_update_alone_is_a_whole_optimizer(path: str) -> None:
     class Plain(fusedreg.FusedOptimizer):
         def update(self, settings: Any, state: Any, grad: Any) -> Any:

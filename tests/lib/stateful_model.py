@@ -87,11 +87,6 @@ def is_thresholded(options: Options) -> bool:
     return options["l1_mode"] == "prox" and options["l1"] != 0
 
 
-def limit_of(momentum: float, dampening: float) -> float:
-    """Of the momentum mass; 1 where there is none that tells a warm buffer from a new one."""
-    return (1 - dampening) / (1 - momentum) if momentum < 1 and dampening != 1 else 1.0
-
-
 def names_of(cls: Any, options: Options) -> tuple[str, ...]:
     """The moments that a step of these options moves."""
     momentum = options.get("momentum", 0) != 0
@@ -119,10 +114,10 @@ def initial(cls: Any, options: Options, state: Options) -> dict[str, float]:
     if "momentum_mass" in cls.counts and "momentum_mass" not in state:
         momentum, dampening = options["momentum"], options.get("dampening", 0.0)
         buffer = state.get("momentum_buffer")
-        if momentum and (is_thresholded(options) or dampening):
+        if momentum and (is_thresholded(options) or (buffer is None and dampening)):
             # A buffer that is older than its mass counts as warm.
             warm = buffer is not None and bool(buffer.any())
-            found["momentum_mass"] = limit_of(momentum, dampening) if warm else 0.0
+            found["momentum_mass"] = (1 - dampening) / (1 - momentum) if warm else 0.0
     return found
 
 

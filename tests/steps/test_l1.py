@@ -221,7 +221,7 @@ def test_learning_rate_zero_leaves_every_bit(case: Case, path: str) -> None:
                 assert same_bits(w, before)
 
 
-@each_case([case for case in LASSO if waits_for_gradient(case)], all_on=("reference",))
+@each_case([case for case in LASSO if waits_for_gradient(case)], all_on=("reference", "default"))
 def test_rows_of_an_embedding_without_gradient_are_not_wiped_out(case: Case, path: str) -> None:
     """Their second moment is 0, and lr l1 / (sqrt(0) + eps) would be a threshold of millions."""
     embedding = torch.nn.Embedding(40, 3)

@@ -465,3 +465,15 @@ def test_l1_turned_on_later_finds_the_mass_that_dampening_counted(path: str) -> 
     run(optimizer, 1)
     # 1, then twice 0.5 * mass + 0.75, all exact.
     assert optimizer.state[parameters_of(optimizer)[1]]["momentum_mass"].item() == 1.375
+
+
+def test_l1_finds_the_limit_of_the_mass_for_a_damped_buffer_of_torch(path: str) -> None:
+    options = {"lr": 0.01, "momentum": 0.5, "dampening": 0.25}
+    theirs = torch.optim.SGD(parameters(shapes=SHAPES), **options)
+    run(theirs, 2)
+    optimizer = fusedreg.SGD(parameters(shapes=SHAPES), **options, **PATHS[path])
+    optimizer.load_state_dict(theirs.state_dict())
+    optimizer.param_groups[0]["l1"] = 0.1
+    run(optimizer, 1)
+    # 0.75 / 0.5, which 0.5 * mass + 0.75 leaves where it is, all exact.
+    assert optimizer.state[parameters_of(optimizer)[1]]["momentum_mass"].item() == 1.5

@@ -147,7 +147,7 @@ SMALL: dict[str, Groups] = {  # for pytest-benchmark
     "1 M in 26 tensors": [[(256, 256), (256,)] * 12 + [(1000, 256), (1000,)]],
     "1 M in 500 tensors": even(2**20, 500),
 }
-# A small one, of which a step is overhead, one of many tensors, and two that are large.
+# A small one, whose step is overhead, one of many tensors, and two that are large.
 EVEN = ((10, 1000), (3000, 3500), (144, 264000))
 OF_TARGETS = {**{f"{n} tensors of {x}": even(n * x, n) for n, x in EVEN}, "GPT-2 124M": [GPT2]}
 # Two models and two sizes for a dry run.

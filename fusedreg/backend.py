@@ -144,7 +144,7 @@ def kernels_for(param: Tensor, fused: bool | None) -> Backend | None:
     """The kernels that step `param`, None for the reference path."""
     launch = device_kernels(param.device, fused)
     grad = param.grad
-    if launch is None or not is_walkable(param):
+    if launch is None or not is_dense(param):
         return None
     fits = grad is None or (is_plain(grad) and is_sharded_alike(param, grad))
     return launch if fits else None
@@ -168,13 +168,13 @@ def is_plain(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> bool:
     )
 
 
-def is_walkable(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> bool:
+def is_dense(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> bool:
     """Whether `tensor` is plain and without gaps, so that kernels can walk it in storage order."""
     plain = is_plain(tensor, dtypes)
-    return plain and (local(tensor).is_contiguous() or _is_dense(local(tensor)))
+    return plain and (local(tensor).is_contiguous() or _fills_memory(local(tensor)))
 
 
-def is_walkable_with(
+def is_dense_with(
     param: Tensor, storage: Format, planes: Sequence[Tensor], counts: Sequence[Tensor]
 ) -> bool:
     """Whether kernels can walk the states along with `param`, once they are laid out like it.
@@ -194,7 +194,7 @@ def is_walkable_with(
         all(
             plane.shape == param.shape
             and plane.device == param.device
-            and is_walkable(plane, dtypes)
+            and is_dense(plane, dtypes)
             and is_sharded_alike(param, plane)
             for plane in planes
         )
@@ -203,7 +203,7 @@ def is_walkable_with(
     )
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def _fills_memory(tensor: Tensor) -> bool:
     """Whether the elements fill one range of memory, each location once."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

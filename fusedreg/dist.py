@@ -1,4 +1,4 @@
-"""Parameters of which each rank has a part: what is here, and sums over the ranks.
+"""Parameters that are split over ranks: their local parts, and sums over the ranks.
 
 A DTensor says itself how it is sharded. Plain tensors do not: the caller names a process group, and
 what is known to split plain tensors is refused without one. This module needs `torch.distributed`
@@ -174,7 +174,7 @@ def _root(squares: Tensor) -> Tensor:
 def _sum_over_mesh(mesh: Mesh, norms: Mapping[Sharding, Tensor]) -> Tensor:
     """Sum of squares of all parts in a mesh, each element counted once."""
     if mesh.get_coordinate() is None:
-        raise RuntimeError(f"this rank has DTensors of {mesh}, of which it is no member")
+        raise RuntimeError(f"this rank has DTensors of {mesh}, but is no member of it")
     dims = sorted({dim for sharding in norms for dim in sharding.dims})
     squares = torch.stack(
         [

@@ -115,7 +115,7 @@ def param_groups(
 def _by_role(
     model: nn.Module, names: Mapping[Tensor, list[str]]
 ) -> tuple[set[Tensor], dict[Tensor, str]]:
-    """The unpenalised parameters, and those of which only the user can say it, with the reason."""
+    """The unpenalised parameters, and those that only the user can judge, with the reason."""
     unpenalised: set[Tensor] = set()
     unclear: dict[Tensor, str] = {}
     for param, known_as in names.items():
@@ -136,7 +136,7 @@ def _by_role(
 def _sort_by_role(
     roles: Mapping[Tensor, Role], exempt: bool, unpenalised: set[Tensor], unclear: dict[Tensor, str]
 ) -> None:
-    """Sort the parameters of which a weight is formed; `exempt` is a weight without penalty."""
+    """Sort the parameters that form a weight; `exempt` is a weight without penalty."""
     shaped = {param for param, role in roles.items() if role != "size"}
     if exempt or shaped <= unpenalised:  # a size has fewer dimensions than its weight
         unpenalised.update(roles)
@@ -169,7 +169,7 @@ def _hidden_dimensions(param: Tensor) -> str:
 
 
 def _refuse(unclear: Mapping[Tensor, str], names: Mapping[Tensor, list[str]]) -> None:
-    """Raise for parameters of which only the user can say whether they are penalised."""
+    """Raise for parameters that may or may not be penalised: only the user can say it."""
     for why in unclear.values():
         which = ", ".join(repr(names[param][0]) for param, other in unclear.items() if other == why)
         raise ValueError(

@@ -120,8 +120,8 @@ class FusedOptimizer(UpdateRule, Optimizer):
     def process_group(self) -> ProcessGroup | None:
         """Ranks over which squared gradient norms are summed; None: this rank has all gradients.
 
-        For plain tensors of which each rank has another part, as ZeroRedundancyOptimizer,
-        FullyShardedDataParallel and pipeline stages have them. DTensors need none, and under
+        For plain tensors that are split over ranks, as by ZeroRedundancyOptimizer,
+        FullyShardedDataParallel and pipeline stages. DTensors need none, and under
         DistributedDataParallel, where every rank has every gradient, the norm would be too large. A
         parameter that several ranks of the group have is counted once for each; only beside
         parameters of FullyShardedDataParallel all others are taken as copies. May be set at any

@@ -12,7 +12,7 @@ from fusedreg.checks import check_count, check_planes
 from fusedreg.contract import UpdateRule
 from fusedreg.formats import planes_of
 from fusedreg.scalars import number
-from fusedreg.types import ParamGroup, Settings, States, Work
+from fusedreg.types import GroupsWithGrads, ParamGroup, Settings, States
 
 
 def settings_of(
@@ -25,7 +25,7 @@ def settings_of(
     }
 
 
-def create_states(rule: UpdateRule, states: States, work: Work) -> None:
+def create_states(rule: UpdateRule, states: States, work: GroupsWithGrads) -> None:
     """Create what the states of some parameters lack for their next step."""
     for group, params in work:
         for param in params:

@@ -33,7 +33,7 @@ from fusedreg.norms import clip_factor, norms_by_sharding
 from fusedreg.reference import Block
 from fusedreg.scalars import Flag, Number, is_traced, is_zero, number, on_host
 from fusedreg.states import create_states, settings_of
-from fusedreg.types import ParamGroup, Settings, States, Work
+from fusedreg.types import GroupsWithGrads, ParamGroup, Settings, States
 
 
 class Scaler(NamedTuple):
@@ -150,7 +150,7 @@ class Stepper:
 
     def _gather(
         self, rule: UpdateRule, groups: list[ParamGroup], states: States, own: OptimizerOptions
-    ) -> tuple[Plan | None, Work]:
+    ) -> tuple[Plan | None, GroupsWithGrads]:
         """The plan of what kernels step, and the rest; all checked, their state created.
 
         Where it raises, nothing has changed but that state may have been created.
@@ -194,7 +194,7 @@ class Stepper:
 
     def _make_plan(
         self, rule: UpdateRule, groups: list[ParamGroup], states: States, old: Plan | None
-    ) -> Work:
+    ) -> GroupsWithGrads:
         """Plan for the parameters that kernels step, return the rest; create the state of both."""
         work = _collect(rule, groups)
         seen = None if old is None else old.watcher
@@ -228,7 +228,7 @@ class Stepper:
         chosen = {
             param: index
             for param, index in candidates.items()
-            if _states_are_walkable(rule, groups[index], param, states.get(param, {}))
+            if _states_are_dense(rule, groups[index], param, states.get(param, {}))
         }
         rest = [(group, [p for p in params if p not in chosen]) for group, params in work]
         rest = [(group, params) for group, params in rest if params]
@@ -269,7 +269,7 @@ class Stepper:
         own: OptimizerOptions,
         scaler: Scaler,
         plan: Plan | None,
-        rest: Work,
+        rest: GroupsWithGrads,
         has_parts: bool,
     ) -> Outcome:
         """Step where there are several devices, several ranks or the reference path."""
@@ -291,7 +291,7 @@ class Stepper:
         own: OptimizerOptions,
         scaler: Scaler,
         plan: Plan | None,
-        rest: Work,
+        rest: GroupsWithGrads,
     ) -> tuple[Number, Flag, Outcome]:
         """What multiplies every gradient of this step, and whether the step is skipped."""
         stepped = [] if plan is None else plan.watcher.params
@@ -377,7 +377,9 @@ def check_norm_is_global(
         )
 
 
-def _collect(rule: UpdateRule, groups: list[ParamGroup], without: Container[Tensor] = ()) -> Work:
+def _collect(
+    rule: UpdateRule, groups: list[ParamGroup], without: Container[Tensor] = ()
+) -> GroupsWithGrads:
     """The groups with those of their parameters that have a gradient; raises on bad input."""
     work = []
     problems = [penalty.check_param for penalty in rule.penalties]
@@ -400,7 +402,7 @@ def _has_begun(rule: UpdateRule, group: Settings, param: Tensor, state: dict[str
     return not state.keys().isdisjoint((*planes, *rule.counts))
 
 
-def _states_are_walkable(
+def _states_are_dense(
     rule: UpdateRule, group: Settings, param: Tensor, state: dict[str, Tensor]
 ) -> bool:
     """Whether kernels can walk the state along with `param`, which is laid out for that."""
@@ -409,7 +411,7 @@ def _states_are_walkable(
     if any(name not in state for name in names):
         return False  # no gradient yet
     counts = [state[name] for name in rule.counts if name in state]
-    if not backend.is_walkable_with(param, storage, [state[name] for name in names], counts):
+    if not backend.is_dense_with(param, storage, [state[name] for name in names], counts):
         return False
     for name in names:
         if not backend.same_layout(local(param), local(state[name])):
@@ -464,7 +466,7 @@ def _step_group(
             number(skip, device),
             squares.get(param),
         )
-        if before is not None and part._version != before:  # of which a DTensor does not know
+        if before is not None and part._version != before:  # a DTensor has a version of its own
             torch.autograd.graph.increment_version(param)
 
 
@@ -477,7 +479,7 @@ def _block(rule: UpdateRule, group: Settings, param: Tensor, states: States) -> 
 
 
 def _squares_of_parts(
-    rule: UpdateRule, states: States, rest: Work, scale: Number
+    rule: UpdateRule, states: States, rest: GroupsWithGrads, scale: Number
 ) -> dict[Tensor, Tensor]:
     """The local sums of squares of DTensors that the reference path steps."""
     found = {}

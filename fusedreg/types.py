@@ -19,5 +19,5 @@ Update: TypeAlias = tuple[Tensor, Number, State]
 """What a rule makes of a gradient: the direction, the gain and the new state."""
 States: TypeAlias = MutableMapping[Tensor, dict[str, Tensor]]
 """The states of all parameters, by name."""
-Work: TypeAlias = list[tuple[ParamGroup, list[Tensor]]]
+GroupsWithGrads: TypeAlias = list[tuple[ParamGroup, list[Tensor]]]
 """Groups, each with those of its parameters that are stepped."""

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from fusedreg.kernels.layout import GROUP, ROW
+from fusedreg.kernels.layout import GROUP_SCALARS, ROW
 from fusedreg.kernels.table import Table
 
 Call: TypeAlias = Callable[[], None]
@@ -56,7 +56,7 @@ class Rule(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """A device function of a penalty and where its numbers are in the line of a group."""
+    """A device function of a penalty and where its numbers are among the group scalars."""
 
     stage: Stage
     function: DeviceFunction
@@ -84,8 +84,8 @@ class Program(NamedTuple):
     """None: a state is stored as one tensor of its values."""
     counts: tuple[torch.dtype, ...]
     options: int
-    """How many options the rule takes. They are the last numbers of a line."""
-    line: int
+    """How many options the rule takes. They are the last of the group scalars."""
+    group_width: int
     """How many numbers a group has."""
     param: torch.dtype
     """In memory, like `grad`. The arithmetic is float64 where this is, else float32."""
@@ -97,8 +97,8 @@ class Program(NamedTuple):
 
     @property
     def first_option(self) -> int:
-        """Where in a line the options of the rule begin."""
-        return self.line - self.options
+        """Where among the group scalars the options of the rule begin."""
+        return self.group_width - self.options
 
     @property
     def first_count(self) -> int:
@@ -116,8 +116,8 @@ class Program(NamedTuple):
         return hooks + [None] * (SLOTS[stage] - len(hooks))
 
 
-FIRST_NUMBER = len(GROUP)
-"""Where in a line the numbers of penalties begin."""
+FIRST_NUMBER = len(GROUP_SCALARS)
+"""Where among the group scalars the numbers of penalties begin."""
 
 
 class Arrays(NamedTuple):
@@ -127,7 +127,7 @@ class Arrays(NamedTuple):
     grads: Tensor
     """int64, (tensors,), addresses of the gradients, 0 where there is none."""
     numbers: Tensor
-    """float64, the header and a line for each param group; see layout.py."""
+    """float64, the step scalars, then the group scalars of each param group; see layout.py."""
     rows: Tensor
     """float64, (tensors, program.row), written by `rows`."""
     partials: Tensor

@@ -1,9 +1,9 @@
 """The numbers of a step, all float64: what the host sends, and what `rows` makes of it.
 
-The host sends a header, and one line for each param group: the numbers of `Group`, then those of
-the penalties, then the options of the rule. On the device `rows` writes one row for each tensor:
-the numbers of `Row`, then the scalars of the rule, then the new counts. Each record is declared
-once, and what is at which place follows from it.
+The host sends the step scalars, and for each param group its group scalars: the numbers of
+`GroupScalars`, then those of the penalties, then the options of the rule. On the device `rows`
+writes one row for each tensor: the numbers of `Row`, then the scalars of the rule, then the new
+counts. Each record is declared once, and what is at which place follows from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Number = float | Tensor
 T = TypeVar("T")
 
 
-class Header(NamedTuple, Generic[T]):
+class StepScalars(NamedTuple, Generic[T]):
     """What the host says once for all groups."""
 
     max_norm: T
@@ -31,8 +31,8 @@ class Header(NamedTuple, Generic[T]):
     skip_nonfinite: T
 
 
-class Group(NamedTuple, Generic[T]):
-    """What a line begins with."""
+class GroupScalars(NamedTuple, Generic[T]):
+    """What the scalars of a param group begin with."""
 
     lr: T
     sign: T
@@ -51,11 +51,11 @@ class Row(NamedTuple, Generic[T]):
 
 
 # Where each number of a record is.
-HEADER = Header(*range(len(Header._fields)))
-GROUP = Group(*range(len(Group._fields)))
+STEP_SCALARS = StepScalars(*range(len(StepScalars._fields)))
+GROUP_SCALARS = GroupScalars(*range(len(GroupScalars._fields)))
 ROW = Row(*range(len(Row._fields)))
 
 
-def with_lr(line: list[Number], lr: float) -> list[Number]:
-    """A line with another learning rate."""
-    return [*line[: GROUP.lr], lr, *line[GROUP.lr + 1 :]]
+def with_lr(scalars: list[Number], lr: float) -> list[Number]:
+    """The scalars of a group with another learning rate."""
+    return [*scalars[: GROUP_SCALARS.lr], lr, *scalars[GROUP_SCALARS.lr + 1 :]]

@@ -22,7 +22,7 @@ class Table(NamedTuple):
     numels: Tensor
     """int64, (tensors,)."""
     groups: Tensor
-    """int32, (tensors,): the line of numbers of each tensor."""
+    """int32, (tensors,): the param group of each tensor."""
     first_chunks: Tensor
     """int32, (tensors,)."""
     owners: Tensor

@@ -139,7 +139,7 @@ FAULTS = [
     # ---- plans
     Fault("two terms have the same numbers", NUMBERS, "place, index, term.stage", "0, 0, term.stage", "steps/test_own_penalties.py"),
     Fault("a late count comes never", NUMBERS, "rule.states(group), rule.counts_of(group)", "rule.states(group), ()", "kernels/test_own_rules.py"),
-    Fault("options of a rule begin too early", NUMBERS, "line[self.width - structure.options :]", "line[-1 - structure.options : -1]", f"{ORACLE} -k default"),
+    Fault("options of a rule begin too early", NUMBERS, "scalars[self.width - structure.options :]", "scalars[-1 - structure.options : -1]", f"{ORACLE} -k default"),
     Fault("addresses are never sent again", PLAN, "if not self._pending.tables:\n            return", "return", "kernels/test_plan.py kernels/test_same_memory.py"),
     Fault("a moved gradient is not noticed", WATCH, "return MOVED if moved else OTHER_GRADS", "return MOVED if moved else NOTHING", "kernels/test_plan.py kernels/test_same_memory.py"),
     Fault("a new gradient of an old parameter", WATCH, "if self.idle and any(", "if False and any(", "kernels/test_plan.py steps/test_step.py"),

@@ -213,8 +213,8 @@ def inputs_of(case: Case, steps: int, shapes: Shapes = SHAPES) -> Inputs:
 def not_cancelling(grad: Tensor, weight: Tensor) -> Tensor:
     """The gradient, where it points against the penalties of a weight at most an eighth of that.
 
-    So what is left of both is no rounding's, of which the quotient by its own root would make a
-    step like any other. Clipping makes the gradient smaller, and leaves that as it is.
+    Otherwise nothing but a rounding error may be left of the two, and its quotient by its own root
+    would be a step like any other. Clipping makes the gradient smaller, which does no harm.
     """
     against = weight * grad < 0
     limit = SMALLEST * torch.minimum(weight.abs(), grad.abs())

@@ -1,4 +1,4 @@
-"""What of an installation keeps steps from being right or fast, and its cure."""
+"""What is wrong with an installation, so that steps are not right or not fast, and its cure."""
 
 from __future__ import annotations
 

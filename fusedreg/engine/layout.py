@@ -1,4 +1,4 @@
-"""Tensors sorted into buckets, of which each takes one launch, and the tables of the buckets."""
+"""Tensors sorted into buckets, one launch each, and the tables of the buckets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedreg.dist import Sharding, sharding_of
 from fusedreg.engine.watch import Watcher
 from fusedreg.kernels.contract import Arrays, Backend, Call, Program
-from fusedreg.kernels.layout import HEADER
+from fusedreg.kernels.layout import STEP_SCALARS
 from fusedreg.kernels.table import Table
 
 LocalStates = Sequence[Mapping[str, Tensor]]
@@ -105,7 +105,7 @@ def _program(watcher: Watcher, position: int, state: Mapping[str, Tensor]) -> Pr
         codec=storage.codec,
         counts=tuple(torch.float64 if count is None else count.dtype for count in counts),
         options=structure.options,
-        line=options.width,
+        group_width=options.width,
         param=param.dtype,
         grad=watcher.grad_dtypes[position],
         aligned=watcher.is_aligned[position],
@@ -133,7 +133,7 @@ def _memory(watcher: Watcher, device: torch.device, keys: Mapping[Key, list[int]
         chunks += table.chunks
         # An even number, because triton compiles for the alignment of where the next one begins.
         tensors += len(positions) + len(positions) % 2
-    size = len(HEADER) + sum(map(len, watcher.options.lines))
+    size = len(STEP_SCALARS) + sum(map(len, watcher.options.scalars))
     return Memory(
         buckets,
         grads=torch.empty(tensors, dtype=torch.int64, device=device),

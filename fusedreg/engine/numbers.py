@@ -1,7 +1,7 @@
 """The numbers of each param group as a device takes them, compared in every step.
 
 A scheduler may change every group in every step, so this reads a group as one tuple of options and
-compares it by identity. Where only lr is another float, one number of the line is replaced. Other
+compares it by identity. Where only lr is another float, one number is replaced. Other
 changes are checked once for all groups that changed alike.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from fusedreg.contract import UpdateRule
 from fusedreg.kernels.contract import FIRST_NUMBER, SLOTS, Backend, DeviceFunction, Hook, Stage
 from fusedreg.kernels.contract import Rule as DeviceRule
-from fusedreg.kernels.layout import Group, with_lr
+from fusedreg.kernels.layout import GroupScalars, with_lr
 from fusedreg.scalars import Number, is_on_device, on_host
 from fusedreg.types import ParamGroup
 
@@ -49,7 +49,7 @@ class Structure(NamedTuple):
 
 
 class GroupNumbers:
-    """One line of numbers for each group, and what its options decide.
+    """The scalars of each group, and what its options decide.
 
     It does not keep the optimizer, which owns it: a cycle would keep both alive.
 
@@ -72,13 +72,13 @@ class GroupNumbers:
         widths = (hook.width for hook in self._hooks.values())
         options = max((structure.options for structure in self.structure), default=0)
         self.width = FIRST_NUMBER + sum(widths) + options
-        """How many numbers a line has."""
-        self.lines = list(map(partial(self._line, rule), groups, self.structure))
+        """How many scalars a group has."""
+        self.scalars = list(map(partial(self._scalars, rule), groups, self.structure))
         self.hooks_of = self._packed()
         """The hooks of the launch that a group is part of."""
 
     def _placed(self) -> dict[Asked, Hook]:
-        """Each hook that any group asks for, once, and where its numbers are in a line."""
+        """Each hook that any group asks for, once, and where its numbers are among the scalars."""
         asked = dict.fromkeys(hook for structure in self.structure for hook in structure.hooks)
         hooks: dict[Asked, Hook] = {}
         first = FIRST_NUMBER
@@ -137,18 +137,18 @@ class GroupNumbers:
         options: tuple[Any, ...],
         alike: dict[tuple[object, ...], tuple[list[Number], Structure]],
     ) -> bool:
-        """Replace a line, the quick way where that is known to be right."""
+        """Replace the scalars of a group, the quick way where that is known to be right."""
         lr, others = options[0], options[1:]
         simple = type(lr) is float and lr >= 0 and self._seen[index] is None
         simple = simple and not self._rule_takes_lr
         if simple and all(map(is_, others, self._options[index][1:])):
             self._options[index] = options
-            self.lines[index] = with_lr(self.lines[index], lr)
+            self.scalars[index] = with_lr(self.scalars[index], lr)
             return True
         mutable = _snapshot_if_mutable(options)
         found = alike.get(others) if simple and mutable is None else None
         if found is not None:
-            line, structure = with_lr(found[0], lr), found[1]
+            scalars, structure = with_lr(found[0], lr), found[1]
         else:
             rule.validate(group)
             options = self._options_of(group)  # which the check may have made plain
@@ -156,16 +156,16 @@ class GroupNumbers:
             structure = self._structure(rule, group)
             if structure != self.structure[index]:
                 return False
-            line = self._line(rule, group, structure)
+            scalars = self._scalars(rule, group, structure)
             if mutable is None:
-                alike[options[1:]] = line, structure
+                alike[options[1:]] = scalars, structure
         if structure != self.structure[index]:
             return False
-        self._options[index], self._seen[index], self.lines[index] = options, mutable, line
+        self._options[index], self._seen[index], self.scalars[index] = options, mutable, scalars
         return True
 
     def _structure(self, rule: UpdateRule, group: ParamGroup) -> Structure:
-        """What of a group's options decides which kernels its parameters need."""
+        """What the options of a group decide."""
         fused = group["fused"]
         names, counts = rule.states(group), rule.counts_of(group)
         wanted = None if fused is False else rule.kernel_rule(group)
@@ -187,17 +187,19 @@ class GroupNumbers:
             for index, term in enumerate(penalty.terms(group) or ())
         }
 
-    def _line(self, rule: UpdateRule, group: ParamGroup, structure: Structure) -> list[Number]:
+    def _scalars(self, rule: UpdateRule, group: ParamGroup, structure: Structure) -> list[Number]:
         """The numbers of a group in the device's order; a tensor where it must not be read."""
-        line: list[Number] = [0.0] * self.width
+        scalars: list[Number] = [0.0] * self.width
         if structure.rule is None:
-            return line  # no kernel reads it
-        line[:FIRST_NUMBER] = Group(lr=group["lr"], sign=-1.0 if group["maximize"] else 1.0)
+            return scalars  # no kernel reads it
+        scalars[:FIRST_NUMBER] = GroupScalars(
+            lr=group["lr"], sign=-1.0 if group["maximize"] else 1.0
+        )
         for asked, numbers in self._asked(rule, group).items():
             first = self._hooks[asked].first
-            line[first : first + asked.width] = numbers
-        line[self.width - structure.options :] = _options_of_rule(rule, group)
-        return [value if is_on_device(value) else float(value) for value in line]
+            scalars[first : first + asked.width] = numbers
+        scalars[self.width - structure.options :] = _options_of_rule(rule, group)
+        return [value if is_on_device(value) else float(value) for value in scalars]
 
 
 def _options_of_rule(rule: UpdateRule, group: ParamGroup) -> Iterator[Any]:

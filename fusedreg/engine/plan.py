@@ -21,7 +21,7 @@ from fusedreg.dist import Sharding
 from fusedreg.engine.layout import Memory, addresses_at, layout
 from fusedreg.engine.watch import NOTHING, Changes, Watcher
 from fusedreg.kernels.contract import Call
-from fusedreg.kernels.layout import Header
+from fusedreg.kernels.layout import StepScalars
 from fusedreg.kernels.table import constants, move, send
 from fusedreg.scalars import Flag, Number, is_on_device
 from fusedreg.types import States
@@ -50,8 +50,8 @@ class Plan:
         self.watcher = watcher
         self.memory = layout(watcher, watcher.states_here(state))
         self.gpus = list(filter(is_gpu, self.memory))
-        self.header: list[float | None] = []
-        self.remote = False  # whether any number lives on a device
+        self.step_scalars: list[float | None] = []
+        self.on_device = False  # whether any number lives on a device
         self.variant: tuple[bool, ...] = ()
         self._pending = Changes(numbers=True, grads=True, copies=watcher.first_copies)
         """What has not been sent to the device yet."""
@@ -135,8 +135,8 @@ class Plan:
         clips = max_norm is not None and max_norm != float("inf")
         scaled = clips or grad_scale is not None or isinstance(scale, Tensor) or scale != 1.0
         if self.gpus:
-            remote = map(is_on_device, (scale, skip, grad_scale, found_inf))
-            variant = (scaled, max_norm is None, grad_norm is None, skipped is None, *remote)
+            on_device = map(is_on_device, (scale, skip, grad_scale, found_inf))
+            variant = (scaled, max_norm is None, grad_norm is None, skipped is None, *on_device)
             if self.capturing() and variant != self.variant:
                 raise RuntimeError(NOT_BEFORE_CAPTURE)  # it may have to compile or load a kernel
             self.variant = variant
@@ -144,15 +144,15 @@ class Plan:
             scale, grad_scale = scale / float(grad_scale), None
         if found_inf is not None and self._reads(found_inf):
             skip, found_inf = skip | bool(found_inf != 0), None
-        header = Header(
+        step_scalars = StepScalars(
             max_norm=max_norm if max_norm is not None and clips else float("inf"),
             scale=scale,
             skip=skip,
             skip_nonfinite=skip_nonfinite,
         )
-        known = [None if isinstance(value, Tensor) else float(value) for value in header]
-        if known != self.header:
-            self.header = known
+        known = [None if isinstance(value, Tensor) else float(value) for value in step_scalars]
+        if known != self.step_scalars:
+            self.step_scalars = known
             self._pending = self._pending._replace(numbers=True)
         before = self._skipped_here(skipped)
         self._send_moved()
@@ -160,7 +160,7 @@ class Plan:
         for device, memory in self.memory.items():
             with _current(device):
                 grads = self._send_grads(device, memory)
-                numbers = self._send_numbers(device, memory, header)
+                numbers = self._send_numbers(device, memory, step_scalars)
                 # Only a step that is captured has other tensors for addresses and numbers.
                 same = grads is memory.views and numbers is memory.numbers
                 if grad_norm is not None:
@@ -203,7 +203,7 @@ class Plan:
 
     def _has_news(self) -> bool:
         """Whether anything has to be sent to a device."""
-        return self.remote or self._pending is not NOTHING
+        return self.on_device or self._pending is not NOTHING
 
     def _do(self, calls: list[Call]) -> None:
         for call in calls:
@@ -273,23 +273,23 @@ class Plan:
         self._pending = self._pending._replace(tables=False)
 
     def _send_numbers(
-        self, device: torch.device, memory: Memory, header: Sequence[Number]
+        self, device: torch.device, memory: Memory, step_scalars: Sequence[Number]
     ) -> Tensor:
-        """Header and lines on the device, where the numbers that live there join them."""
-        if not (self._pending.numbers or self.remote or is_capturing(device)):
+        """All scalars on the device, where the numbers that live there join them."""
+        if not (self._pending.numbers or self.on_device or is_capturing(device)):
             return memory.numbers
-        values = [*header, *chain.from_iterable(self.watcher.options.lines)]
-        remote = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
+        values = [*step_scalars, *chain.from_iterable(self.watcher.options.scalars)]
+        on_device = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
         numbers = memory.numbers
         floats = [0.0 if isinstance(value, Tensor) else value for value in values]
         if is_capturing(device):
             numbers = constants(floats, device)
         elif self._pending.numbers:
             send(torch.frombuffer(array("d", floats), dtype=torch.float64), numbers)
-        self.remote = bool(remote)
-        if remote:
-            targets = [numbers[i] for i, _ in remote]
-            torch._foreach_copy_(targets, [value.reshape(()) for _, value in remote])
+        self.on_device = bool(on_device)
+        if on_device:
+            targets = [numbers[i] for i, _ in on_device]
+            torch._foreach_copy_(targets, [value.reshape(()) for _, value in on_device])
         return numbers
 
     def _norms(self, memory: Memory, grads: Sequence[Tensor]) -> list[Call]:

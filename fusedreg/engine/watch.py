@@ -47,7 +47,7 @@ class Changes(NamedTuple):
     """What is different from the last step, so that it has to be sent to the device."""
 
     numbers: bool = False
-    """The lines of groups."""
+    """The scalars of groups."""
     tables: bool = False
     """Where parameters and states are."""
     grads: bool = False
@@ -69,7 +69,7 @@ class Watcher:
         backends: what launches the kernels of each parameter.
         groups: all param groups.
         chosen: the parameters that kernels step, each with the index of its group. Parameter,
-            gradient and states of each are walkable.
+            gradient and states of each are dense.
         rest: the parameters that the reference steps.
         state: the optimizer's state, complete for the chosen ones.
         grad_dtypes: what is known of gradients that are not there now.
@@ -104,7 +104,7 @@ class Watcher:
             grad_dtypes.get(param, param.dtype) if param.grad is None else param.grad.dtype
             for param in chosen
         ]
-        # From here on tensors stand for what of them is here.
+        # From here on a DTensor stands for its local part.
         self.params = list(map(local, chosen))
         self.numels = [param.numel() for param in self.params]
         self.empty = [i for i, numel in enumerate(self.numels) if numel == 0]
@@ -165,7 +165,7 @@ class Watcher:
         return self._first_state[position] + names.index(name) if name in names else -1
 
     def states_here(self, state: States) -> list[dict[str, Tensor]]:
-        """What is here of the states of each chosen parameter."""
+        """The states of each chosen parameter, or their local parts."""
         return [
             {name: local(state[param][name]) for name in names}
             for param, names in zip(self.chosen, self.names, strict=True)

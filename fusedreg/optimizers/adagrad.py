@@ -75,8 +75,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):  # type: ignore[override]  #
     [0.9, -1.9]
 
     Source: Duchi, Hazan and Singer, Adaptive subgradient methods for online learning and stochastic
-    optimization (2011), figure 1, composite mirror descent with diagonal matrices, of which the
-    threshold is the proximal step.
+    optimization (2011), figure 1, composite mirror descent with diagonal matrices, whose
+    proximal step is the threshold.
 
     Differs from torch.optim.Adagrad: state is created in the first step, not in the constructor;
     sparse gradients are refused; float16 and bfloat16 are stepped in float32 and rounded once. All

@@ -1,8 +1,8 @@
 """The loops of a step on the host, over the tables that the kernels of a GPU walk.
 
-Each is compiled for one rule and one set of dtypes. It takes the address of int64 numbers, of which
-the first counts the chunks that are taken: so threads share a loop, each taking chunks until all
-are done, and results do not depend on who did which.
+Each is compiled for one rule and one set of dtypes. It takes the address of int64 numbers. The
+first of them counts the chunks that are taken. So threads share a loop, each taking chunks until
+all are done, and results do not depend on who did which.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fusedreg.kernels.cpu.values import (
     when,
 )
 from fusedreg.kernels.device import step as device_step
-from fusedreg.kernels.layout import GROUP, HEADER, ROW
+from fusedreg.kernels.layout import GROUP_SCALARS, ROW, STEP_SCALARS
 
 CHUNK = 65536
 """Elements of one chunk: many, because each starts its vectors and its norm anew."""
@@ -158,9 +158,9 @@ def _count(address: Value, dtype: torch.dtype) -> Value:
     return count.get()
 
 
-def _line(groups: Value, tensor: Value, width: int) -> Value:
+def _group_scalars(groups: Value, tensor: Value, width: int) -> Value:
     """Where the numbers of a tensor's param group begin."""
-    return Pointer(groups, torch.int32)[tensor] * width + len(HEADER)
+    return Pointer(groups, torch.int32)[tensor] * width + len(STEP_SCALARS)
 
 
 def rows_loop(program: Program, norm: bool) -> Loop:
@@ -169,7 +169,7 @@ def rows_loop(program: Program, norm: bool) -> Loop:
     The address of what is not given is 0.
     """
     p = program
-    return _rows_loop(p.rule, p.row, p.first_count, p.counts, p.first_option, p.line, norm)
+    return _rows_loop(p.rule, p.row, p.first_count, p.counts, p.first_option, p.group_width, norm)
 
 
 @cache
@@ -179,7 +179,7 @@ def _rows_loop(
     first_count: int,
     count_dtypes: tuple[torch.dtype, ...],
     first_option: int,
-    line_width: int,
+    group_width: int,
     norm: bool,
 ) -> Loop:
     """The same of what the code depends on, which several programs share."""
@@ -189,13 +189,13 @@ def _rows_loop(
             tensors, addresses, grads, groups, numbers, rows, partials, parts, grad_norm, skipped,
         ) = _numbers(work, 10)  # fmt: skip
         sent = Pointer(numbers, torch.float64)
-        scale, skip = sent[HEADER.scale], sent[HEADER.skip] != 0.0
+        scale, skip = sent[STEP_SCALARS.scale], sent[STEP_SCALARS.skip] != 0.0
         first = tensors.like(0)
         if norm:
             total = _norm(Pointer(partials, torch.float64), first, parts, wide=True) * scale
             nonfinite = device(device_step.is_nonfinite)(total)
-            skip = skip | ((sent[HEADER.skip_nonfinite] != 0.0) & nonfinite)
-            scale = device(device_step.clipped)(scale, total, sent[HEADER.max_norm])
+            skip = skip | ((sent[STEP_SCALARS.skip_nonfinite] != 0.0) & nonfinite)
+            scale = device(device_step.clipped)(scale, total, sent[STEP_SCALARS.max_norm])
             with when(grad_norm != 0):
                 Pointer(grad_norm, torch.float32)[0] = total
         with when(skip & (skipped != 0)):
@@ -204,13 +204,13 @@ def _rows_loop(
 
         with count(first, tensors) as tensor:
             active = (skip == 0) & (Pointer(grads, torch.int64)[tensor] != 0)
-            line = _line(groups, tensor, line_width)
-            options = tuple(sent[line + i] for i in range(first_option, line_width))
+            group = _group_scalars(groups, tensor, group_width)
+            options = tuple(sent[group + i] for i in range(first_option, group_width))
             at = _addresses_of_counts(addresses, tensors, tensor, first_count, len(count_dtypes))
             record, scalars, new = device(device_step.row)(
                 select(active, work.constant(1.0), 0.0),
                 scale,
-                sent[line + GROUP.sign],
+                sent[group + GROUP_SCALARS.sign],
                 options,
                 tuple(map(_count, at, count_dtypes)),
                 device(rule.scalars),
@@ -250,8 +250,11 @@ class Elements:
         self.scalars = tuple(
             scalar.to(self.compute) for scalar in self.row[len(ROW) : len(ROW) + program.rule.width]
         )
-        sent, line = Pointer(numbers, torch.float64), _line(groups, tensor, program.line)
-        self.lr = sent[line + GROUP.lr]
+        sent, group = (
+            Pointer(numbers, torch.float64),
+            _group_scalars(groups, tensor, program.group_width),
+        )
+        self.lr = sent[group + GROUP_SCALARS.lr]
         # Of a slot that is free there are no numbers, and its hook is None.
         slots_ = {stage: program.slots(stage) for stage in SLOTS}
         self.hooks = {
@@ -260,7 +263,7 @@ class Elements:
         }
         self.numbers = {
             stage: [
-                () if one is None else tuple(sent[line + one.first + i] for i in range(one.width))
+                () if one is None else tuple(sent[group + one.first + i] for i in range(one.width))
                 for one in slots_[stage]
             ]
             for stage in SLOTS

@@ -1,8 +1,8 @@
 """Python expressions that write LLVM instructions.
 
 A `Value` stands for a number that is there when the compiled code runs. Arithmetic on it appends an
-instruction to the function that is being built, so running a Python function on values compiles it,
-and its loops over states or options, of which the number is known, are unrolled as they run.
+instruction to the function that is being written, so running a Python function on values compiles
+it. Its loops over states or options have a known number of turns, and are unrolled as they run.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Nothing here sees a pointer, a mask or a stored dtype. Arguments in upper case are known when a
 kernel is compiled. A hook of a penalty (see penalties.py) is a device function, or None where its
-slot is free; `numbers`, float64, is what the line of the param group has for it.
+slot is free; `numbers`, float64, is what the group scalars have for it.
 """
 
 from __future__ import annotations

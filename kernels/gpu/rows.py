@@ -18,9 +18,9 @@ from fusedreg.kernels import layout
 from fusedreg.kernels.device.step import clipped, is_nonfinite, row
 from fusedreg.kernels.gpu.norms import fold
 
-MAX_NORM, SCALE, SKIP, SKIP_NONFINITE = map(tl.constexpr, layout.HEADER)
-HEADER = tl.constexpr(len(layout.HEADER))
-SIGN = tl.constexpr(layout.GROUP.sign)
+MAX_NORM, SCALE, SKIP, SKIP_NONFINITE = map(tl.constexpr, layout.STEP_SCALARS)
+STEP_SCALARS = tl.constexpr(len(layout.STEP_SCALARS))
+SIGN = tl.constexpr(layout.GROUP_SCALARS.sign)
 
 
 @triton.jit(do_not_specialize=["tensors", "parts"])
@@ -41,7 +41,7 @@ def rows_kernel(
     COUNT: tl.constexpr,
     FIRST_COUNT: tl.constexpr,
     COUNT_DTYPES: tl.constexpr,
-    LINE: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     FIRST_OPTION: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,18 +66,18 @@ def rows_kernel(
 
     tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = tensor < tensors
-    line = numbers + HEADER + tl.load(groups + tensor, mask=inside, other=0) * LINE
+    group = numbers + STEP_SCALARS + tl.load(groups + tensor, mask=inside, other=0) * GROUP_WIDTH
     active = tl.where(skip, 0, tl.load(grads + tensor, mask=inside, other=0)) != 0
     options = ()
-    for i in tl.static_range(FIRST_OPTION, LINE):
-        options = options + (tl.load(line + i),)
+    for i in tl.static_range(FIRST_OPTION, GROUP_WIDTH):
+        options = options + (tl.load(group + i),)
     counts = ()
     for i in tl.static_range(len(COUNT_DTYPES)):
         address = tl.load(addresses + (FIRST_COUNT + i) * tensors + tensor, mask=inside, other=0)
         ptr = address.to(tl.pointer_type(COUNT_DTYPES[i]))
         counts = counts + (tl.load(ptr, mask=address != 0, other=1.0).to(tl.float64),)
     record, scalars, new = row(
-        active.to(tl.float64), scale, tl.load(line + SIGN), options, counts, SCALARS
+        active.to(tl.float64), scale, tl.load(group + SIGN), options, counts, SCALARS
     )
     tl.static_assert(len(scalars) == COUNT, "the rule returns more or fewer scalars than its width")
     tl.static_assert(

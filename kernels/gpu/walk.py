@@ -1,7 +1,7 @@
 """The kernels that walk all elements of a table: the step, and the sums of a layerwise rule.
 
 A program takes one chunk of one tensor: `owners[program]` is the tensor. Its addresses are in the
-table, its numbers in its row (rows.py writes them just before) and in the line of its param group.
+table, its numbers in its row (rows.py writes them just before) and among the scalars of its group.
 Full blocks are loaded and stored without a mask, because only that gives 16-byte accesses; the last
 block of a tensor is masked. All offsets are int64. What a step does is in device/step.py.
 
@@ -21,8 +21,8 @@ from fusedreg.kernels.gpu.memory import load, pointer, store
 
 ACTIVE, SCALE, GAIN = map(tl.constexpr, layout.ROW)
 SCALARS = tl.constexpr(len(layout.ROW))
-HEADER = tl.constexpr(len(layout.HEADER))
-LR = tl.constexpr(layout.GROUP.lr)
+STEP_SCALARS = tl.constexpr(len(layout.STEP_SCALARS))
+LR = tl.constexpr(layout.GROUP_SCALARS.lr)
 
 
 @triton.jit
@@ -43,11 +43,11 @@ def pointers(
 
 
 @triton.jit
-def load_numbers(line, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """What the line of a group has for one hook."""
+def load_numbers(group, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """What the scalars of a group have for one hook."""
     numbers = ()
     for i in tl.static_range(WIDTH):
-        numbers = numbers + (tl.load(line + FIRST + i),)
+        numbers = numbers + (tl.load(group + FIRST + i),)
     return numbers
 
 
@@ -103,7 +103,7 @@ def direction_block(
     grad_ptr,
     state_ptrs,
     row,
-    line,
+    group,
     offsets,
     numel,
     RULE: tl.constexpr,
@@ -127,8 +127,8 @@ def direction_block(
     for i in tl.static_range(COUNT):
         scalars = scalars + (tl.load(row + SCALARS + i).to(COMPUTE),)
     g = loss_gradient(g, tl.load(row + SCALE), SCALED, COMPUTE)
-    numbers1 = load_numbers(line, FIRSTS[0], WIDTHS[0])
-    numbers2 = load_numbers(line, FIRSTS[1], WIDTHS[1])
+    numbers1 = load_numbers(group, FIRSTS[0], WIDTHS[0])
+    numbers2 = load_numbers(group, FIRSTS[1], WIDTHS[1])
     g = penalised(g, w, numbers1, numbers2, GRADIENT1, GRADIENT2)
     direction, gain, new = RULE(g, states, scalars)
     tl.static_assert(len(new) == STATES, "the rule returns more or fewer states than states(group)")
@@ -141,7 +141,7 @@ def step_block(
     grad_ptr,
     state_ptrs,
     row,
-    line,
+    group,
     trust,
     offsets,
     numel,
@@ -164,16 +164,16 @@ def step_block(
 ):
     """One step of one block of elements."""
     w, direction, gain, states = direction_block(
-        param_ptr, grad_ptr, state_ptrs, row, line, offsets, numel,
+        param_ptr, grad_ptr, state_ptrs, row, group, offsets, numel,
         RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, FIRSTS, WIDTHS,
         SCALED, COMPUTE, FULL,
     )  # fmt: skip
-    lr = tl.load(line + LR)
+    lr = tl.load(group + LR)
     w = moved(
         w, direction, gain, lr * trust, tl.load(row + GAIN),
-        load_numbers(line, FIRSTS[2], WIDTHS[2]),
-        load_numbers(line, FIRSTS[3], WIDTHS[3]),
-        load_numbers(line, FIRSTS[4], WIDTHS[4]),
+        load_numbers(group, FIRSTS[2], WIDTHS[2]),
+        load_numbers(group, FIRSTS[3], WIDTHS[3]),
+        load_numbers(group, FIRSTS[4], WIDTHS[4]),
         DECAY, PROX1, PROX2,
     )  # fmt: skip
     if lr.to(COMPUTE) != 0.0:  # lr = 0 must leave every bit, of -0.0 and inf too
@@ -208,7 +208,7 @@ def step_kernel(
     PROX2: tl.constexpr,
     FIRSTS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    LINE: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     ROW: tl.constexpr,
     SCALED: tl.constexpr,
     PARAM: tl.constexpr,
@@ -225,7 +225,7 @@ def step_kernel(
     if tl.load(row + ACTIVE) != 0.0:
         numel = tl.load(numels + tensor)
         begin = (chunk - tl.load(first_chunks + tensor)).to(tl.int64) * CHUNK
-        line = numbers + HEADER + tl.load(groups + tensor) * LINE
+        group = numbers + STEP_SCALARS + tl.load(groups + tensor) * GROUP_WIDTH
         store_counts(
             addresses, row + SCALARS + COUNT, tensor, tensors, begin == 0,
             FIRST_COUNT, COUNT_DTYPES,
@@ -240,14 +240,14 @@ def step_kernel(
             offsets = begin + start + tl.arange(0, BLOCK)
             if begin + start + BLOCK <= numel:
                 step_block(
-                    param_ptr, grad_ptr, state_ptrs, row, line, trust, offsets, numel,
+                    param_ptr, grad_ptr, state_ptrs, row, group, trust, offsets, numel,
                     RULE, COUNT, STATES, PLANES, DECODE, ENCODE, GRADIENT1, GRADIENT2,
                     DECAY, PROX1, PROX2, FIRSTS, WIDTHS, SCALED, COMPUTE, True,
                 )  # fmt: skip
         rest = begin + tl.minimum(numel - begin, CHUNK) // BLOCK * BLOCK
         if rest < tl.minimum(begin + CHUNK, numel):
             step_block(
-                param_ptr, grad_ptr, state_ptrs, row, line, trust,
+                param_ptr, grad_ptr, state_ptrs, row, group, trust,
                 rest + tl.arange(0, BLOCK), numel,
                 RULE, COUNT, STATES, PLANES, DECODE, ENCODE, GRADIENT1, GRADIENT2,
                 DECAY, PROX1, PROX2, FIRSTS, WIDTHS, SCALED, COMPUTE, False,
@@ -263,7 +263,7 @@ def squares_of_block(
     grad_ptr,
     state_ptrs,
     row,
-    line,
+    group,
     offsets,
     numel,
     RULE: tl.constexpr,
@@ -282,11 +282,11 @@ def squares_of_block(
 ):
     """Squares of one block of w and of its update."""
     w, direction, _, _ = direction_block(
-        param_ptr, grad_ptr, state_ptrs, row, line, offsets, numel,
+        param_ptr, grad_ptr, state_ptrs, row, group, offsets, numel,
         RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, FIRSTS, WIDTHS,
         SCALED, COMPUTE, FULL,
     )  # fmt: skip
-    numbers = load_numbers(line, FIRSTS[2], WIDTHS[2])
+    numbers = load_numbers(group, FIRSTS[2], WIDTHS[2])
     update = update_of(w, direction, numbers, DECAY).to(tl.float64)
     if not FULL:
         update = tl.where(offsets < numel, update, 0.0)
@@ -316,7 +316,7 @@ def squares_kernel(
     DECAY: tl.constexpr,
     FIRSTS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    LINE: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     ROW: tl.constexpr,
     SCALED: tl.constexpr,
     PARAM: tl.constexpr,
@@ -336,7 +336,7 @@ def squares_kernel(
     if tl.load(row + ACTIVE) != 0.0:
         numel = tl.load(numels + tensor)
         begin = (chunk - tl.load(first_chunks + tensor)).to(tl.int64) * CHUNK
-        line = numbers + HEADER + tl.load(groups + tensor) * LINE
+        group = numbers + STEP_SCALARS + tl.load(groups + tensor) * GROUP_WIDTH
         param_ptr, grad_ptr, state_ptrs = pointers(
             addresses, grads, tensor, tensors, STATES, PLANES, PARAM, GRAD, ALIGNED
         )
@@ -344,7 +344,7 @@ def squares_kernel(
             offsets = begin + start + tl.arange(0, BLOCK)
             if begin + start + BLOCK <= numel:
                 first, second = squares_of_block(
-                    param_ptr, grad_ptr, state_ptrs, row, line, offsets, numel,
+                    param_ptr, grad_ptr, state_ptrs, row, group, offsets, numel,
                     RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, DECAY,
                     FIRSTS, WIDTHS, SCALED, COMPUTE, True,
                 )  # fmt: skip
@@ -353,7 +353,7 @@ def squares_kernel(
         rest = begin + tl.minimum(numel - begin, CHUNK) // BLOCK * BLOCK
         if rest < tl.minimum(begin + CHUNK, numel):
             first, second = squares_of_block(
-                param_ptr, grad_ptr, state_ptrs, row, line, rest + tl.arange(0, BLOCK), numel,
+                param_ptr, grad_ptr, state_ptrs, row, group, rest + tl.arange(0, BLOCK), numel,
                 RULE, COUNT, STATES, PLANES, DECODE, GRADIENT1, GRADIENT2, DECAY,
                 FIRSTS, WIDTHS, SCALED, COMPUTE, False,
             )  # fmt: skip

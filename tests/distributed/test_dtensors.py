@@ -335,7 +335,7 @@ def test_rank_outside_the_mesh_of_a_parameter_is_told() -> None:
         optimizer.step()
         assert optimizer.grad_norm == 2
     else:
-        with pytest.raises(RuntimeError, match="of which it is no member"):
+        with pytest.raises(RuntimeError, match="but is no member of it"):
             optimizer.step()
 
 
@@ -409,7 +409,7 @@ def test_rank_without_any_gradient_joins_in(kind: str, who: str, path: str) -> N
     if kind == "group":
         params = [nn.Parameter(start.chunk(WORLD)[rank].clone())]
         more["process_group"] = dist.group.WORLD
-    else:  # of which the second has never a gradient, and is on a mesh of its own
+    else:  # the second never has a gradient, and is on a mesh of its own
         params = [nn.Parameter(spread(start, layout)) for layout in ("4:0", "22:R0")]
         part = spread(grad, "4:0")
     optimizer = case.make(params, path, max_grad_norm=MAX_NORM, **more)

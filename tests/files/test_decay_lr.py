@@ -19,7 +19,7 @@ from compare import parameters_of
 
 def independent(cls: type, lr: Any, params: list[Any] | None = None) -> Any:
     """An optimizer whose decay leaves out lr."""
-    names = ("lr_independent_decay", "decoupled_weight_decay")  # of which AdamW has but one
+    names = ("lr_independent_decay", "decoupled_weight_decay")  # AdamW has only one of them
     options = {name: True for name in names if name in inspect.signature(cls).parameters}
     return cls(params or parameters(shapes=SHAPES), lr=lr, weight_decay=0.1, **options)
 

@@ -418,7 +418,7 @@ def test_a_pickle_that_lacks_group_options_is_filled_up() -> None:
     run(optimizer, 1)
     twin = copy.deepcopy(optimizer)
     state = twin.__getstate__()
-    # Of which torch's first release had the lr.
+    # The first release of torch had only the lr of these.
     state["param_groups"] = [{name: twin.param_groups[0][name] for name in ("params", "lr")}]
     twin.__setstate__(state)
     assert twin.param_groups[0].keys() == optimizer.param_groups[0].keys()

@@ -415,7 +415,7 @@ class Program:
         return any(bool((x.abs() > limit).any()) for x in [param.detach(), *tensors])
 
     def expand(self, index: int) -> None:
-        """A parameter of which one location has several indices is refused."""
+        """A parameter is refused if several indices have one location."""
         param = self.params[index]
         if param.dim() and param.shape[0] > 1 and param.numel():
             self.refuse_reshaped(param, param.data[:1].expand(param.shape), {}, must=True)

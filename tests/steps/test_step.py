@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fusedreg
-from fusedreg.backend import is_walkable
+from fusedreg.backend import is_dense
 from fusedreg.check.oracle import Oracle
 
 from cases import CASES, CLASSES, DTYPES, SOME, Case, each_case, parameters, run, set_grads, tensors
@@ -178,7 +178,7 @@ def test_layout_does_not_matter(case: Case, path: str) -> None:
         odd = [nn.Parameter(value) for value in odd_layouts(dtype)]
         usual = [nn.Parameter(value.detach().clone().contiguous()) for value in odd]
         # Kernels leave a parameter with gaps in its memory to the reference path.
-        gaps = [not is_walkable(param) for param in odd]
+        gaps = [not is_dense(param) for param in odd]
         assert sum(gaps) == 1
         dense = [param for param, gap in zip(usual, gaps, strict=True) if not gap]
         sparse = [param for param, gap in zip(usual, gaps, strict=True) if gap]

@@ -250,10 +250,12 @@ def restore_state(
 def _count(key: object, name: str, value: object, param: Tensor, declared: Count) -> Tensor:
     """One number on the parameter's device, in a dtype that can count."""
     what = f"loaded state dict contains {name!r}"
+    # Another class may have narrowed it: a bfloat16 count would stop at 256.
+    least = wide_dtype(param.device) if declared.wide else torch.float32
     if isinstance(value, Tensor):
         count = value
     elif isinstance(value, (int, float)):  # in a file older than torch 1.12
-        count = torch.as_tensor(value, device=param.device)
+        count = torch.as_tensor(value, dtype=least, device=param.device)
     else:
         raise ValueError(f"{what} as {type(value).__name__} for parameter {key}, not a number")
     if count.numel() != 1:
@@ -264,8 +266,6 @@ def _count(key: object, name: str, value: object, param: Tensor, declared: Count
         raise ValueError(
             f"{what} {count.item()} for parameter {key}, but it is a number >= {declared.least:g}"
         )
-    # Another class may have narrowed it: a bfloat16 count would stop at 256.
-    least = wide_dtype(param.device) if declared.wide else torch.float32
     dtype = torch.promote_types(count.dtype, least)
     return count.detach().to(param.device, dtype, copy=True)
 

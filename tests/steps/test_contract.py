@@ -358,3 +358,16 @@ def test_files_of_two_classes_that_differ_by_a_count_are_told_apart() -> None:
     with refused(nadam, ValueError, "lacks 'mu_product'"):
         nadam.load_state_dict(adam.state_dict())
     assert parameters_of(nadam)
+
+
+def test_a_count_that_a_file_has_as_a_number_keeps_its_digits(path: str) -> None:
+    own = OWN["nadam"]
+    params, others = parameters(shapes=SHAPES), parameters(shapes=SHAPES)
+    optimizer, resumed = own.make(params, path), own.make(others, path)
+    run(optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["mu_product"] = state["mu_product"].item()
+    resumed.load_state_dict(saved)
+    for param, other in zip(params, others, strict=True):
+        assert torch.equal(optimizer.state[param]["mu_product"], resumed.state[other]["mu_product"])

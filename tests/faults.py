@@ -39,7 +39,7 @@ ORACLE = "steps/test_oracle.py"
 REFERENCE, CPU, GPU = (f"{ORACLE} -k {path}" for path in ("reference", "default", "fused"))
 AMP, CLIPPING = "steps/test_amp.py", "steps/test_clipping.py"
 DECAY, L1, STEP = "steps/test_decay.py", "steps/test_l1.py", "steps/test_step.py"
-STATE, FILES = "files/test_state.py", "files/test_checkpoints.py"
+STATE, FILES = "files/test_state.py", "files/test_checkpoints.py files/test_refused_files.py"
 
 
 class Fault(NamedTuple):

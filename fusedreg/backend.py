@@ -125,11 +125,15 @@ def device_kernels(device: torch.device, fused: bool | None) -> Backend | None:
 
 def kernels_of(rule: UpdateRule, group: Settings, param: Tensor) -> Backend | None:
     """What steps a parameter of an optimizer, None for the reference path."""
-    storage = rule.state_format(group, param)
-    stored = not rule.states(group) or type(storage) is Plain or storage.codec is not None
-    if not stored or rule.kernel_rule(group) is None:
+    kernels = kernels_for(param, group["fused"])
+    if kernels is None or rule.kernel_rule(group) is None:
         return None
-    return kernels_for(param, group["fused"])
+    return kernels if not rule.states(group) or reads(rule.state_format(group, param)) else None
+
+
+def reads(storage: Format) -> bool:
+    """Whether kernels read states in this format."""
+    return type(storage) is Plain or storage.codec is not None
 
 
 def names_of(rule: UpdateRule, groups: Iterable[ParamGroup]) -> str:
@@ -185,10 +189,9 @@ def is_dense_with(
         planes: the tensors that they are stored in, state by state.
         counts: its counts.
     """
-    plain = type(storage) is Plain
-    if storage.codec is None and not plain:
+    if planes and not reads(storage):
         return False
-    dtypes = DTYPES if plain else STORED
+    dtypes = DTYPES if type(storage) is Plain else STORED
     each = len(storage.suffixes)
     return (
         all(

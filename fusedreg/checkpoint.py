@@ -51,9 +51,8 @@ def pack(rule: UpdateRule, groups: Sequence[ParamGroup], states: States) -> Stat
     files that have every key.
     """
     group_of = {param: group for group in groups for param in group["params"]}
-    number: dict[Tensor, int] = {}
-    for index, param in enumerate(param for group in groups for param in group["params"]):
-        number.setdefault(param, index)
+    params = (param for group in groups for param in group["params"])
+    number = {param: index for index, param in enumerate(params)}  # the last place, as in torch
     left_out = {"params"}
     if checkpoint_reads_keys():
         left_out |= _keys_beyond_torch(rule, groups)

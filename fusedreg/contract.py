@@ -55,14 +55,17 @@ class UpdateRule:
     option_sets: ClassVar[tuple[type, ...]] = (TorchOptions, StepOptions)
     """TypedDicts that declare options, except those of penalties, `lr` and the rule's own."""
     option_defaults: Mapping[str, object] = MappingProxyType({})
-    """Defaults of this class for declared options; the others have those of their declaration.
+    """Defaults of this class and its subclasses for declared options.
 
-    Those that a constructor writes out have their defaults there.
+    Not for those that a constructor writes out: it has their defaults.
     """
     fixed_options: Mapping[str, object] = MappingProxyType({})
-    """Options that every group has, whatever a checkpoint of another class says."""
+    """Options that every group of this class and its subclasses has, whatever a file says."""
     declared_options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
     """All of `option_sets` and of `penalties`, by name."""
+    _new_defaults: ClassVar[frozenset[str]] = frozenset()
+    _new_fixed: ClassVar[frozenset[str]] = frozenset()
+    """Names in the class's own `option_defaults` and `fixed_options`, without those of bases."""
     own_options: frozenset[str] = frozenset()
     """Options that belong to the optimizer, so that no group may have them."""
     penalties: tuple[Penalty, ...] = PENALTIES
@@ -101,13 +104,21 @@ class UpdateRule:
         cls.declared_options = MappingProxyType(declarations(*sets))
         options = cls.declared_options.items()
         cls.own_options = frozenset(name for name, option in options if not option.of_group)
-        cls._check_option_defaults()
+        cls._merge_option_defaults()
         complete_signature(cls, {**cls.option_defaults, **cls.fixed_options}, sets)
 
     @classmethod
-    def _check_option_defaults(cls) -> None:
-        """Raise TypeError for a name in the class's own `option_defaults` that is none."""
-        for name in vars(cls).get("option_defaults", ()):
+    def _merge_option_defaults(cls) -> None:
+        """Add those of the bases; raise TypeError where the class has one that is no option."""
+        cls._new_defaults = frozenset(vars(cls).get("option_defaults", ()))
+        cls._new_fixed = frozenset(vars(cls).get("fixed_options", ()))
+        bases = [vars(base) for base in reversed(cls.__mro__)]
+        for attribute in ("option_defaults", "fixed_options"):
+            merged = {
+                name: value for base in bases for name, value in base.get(attribute, {}).items()
+            }
+            setattr(cls, attribute, MappingProxyType(merged))
+        for name in cls._new_defaults:
             if name not in cls.declared_options:
                 raise TypeError(
                     f"{cls.__name__}.option_defaults has {name!r}, which is no declared option"
@@ -140,7 +151,9 @@ class UpdateRule:
     def check_fixed(cls, options: Mapping[str, object]) -> None:
         """Raise ValueError where an option that every group has is another one."""
         for name, value in cls.fixed_among(options).items():
-            if options[name] != value:
+            given = options[name]
+            given = tuple(given) if isinstance(given, list) else given
+            if isinstance(given, Tensor) or given != value:
                 raise ValueError(
                     f"Invalid {name} value: {options[name]!r} (every group of {cls.__name__} has "
                     f"{name}={value!r})"
@@ -165,13 +178,13 @@ class UpdateRule:
                     f"{who} has no option {name!r}, which is among its defaults. "
                     f"Did you mean {near!r}?"
                 )
-        for name in cls.option_defaults:
+        for name in cls._new_defaults:
             if name in defaults:
                 raise TypeError(
                     f"{who}.option_defaults has {name!r}, but its constructor passes one of its "
                     "own: change the default in a constructor"
                 )
-        for name in vars(cls).get("fixed_options", ()):
+        for name in cls._new_fixed:
             if name not in declared and name not in defaults:
                 raise TypeError(
                     f"{who}.fixed_options has {name!r}, which is no option"
@@ -229,9 +242,8 @@ class UpdateRule:
 
     def kernel_rule(self, group: Settings) -> DeviceRule | str | None:
         """`device_rule`, or None where a penalty leaves the group to the reference path."""
-        if any(penalty.terms(group) is None for penalty in self.penalties):
-            return None
-        return self.device_rule(group)
+        on_kernels = all(penalty.on_kernels(group) for penalty in self.penalties)
+        return self.device_rule(group) if on_kernels else None
 
     def update(self, settings: Settings, state: State, grad: Tensor) -> Update:
         """The rule in torch operations: (direction, gain, new state). It writes into no tensor.

@@ -240,8 +240,8 @@ class FusedOptimizer(UpdateRule, Optimizer):
         """
         own = {name: getattr(self, name) for name in self.own_options}
         check_keys(group, self.defaults, own, self._own.warned, new=new)
-        self.check_fixed(group)
         make_plain(group, self.defaults)
+        self.check_fixed(group)
         copy_options(group, self.declared_options)
         check_number("lr", group["lr"], read_device=read_device)
         for name, option in self.declared_options.items():
@@ -325,8 +325,9 @@ class FusedOptimizer(UpdateRule, Optimizer):
         state = {**state}
         attributes = state.pop("_attributes", {})
         Optimizer.__setstate__(self, state)  # not that of a class of torch.optim
-        for name, value in attributes.items():
-            setattr(self, name, value)
+        for name in self.own_options - FusedOptimizer.own_options:
+            if name in attributes or not hasattr(self, name):  # an older version lacked it
+                setattr(self, name, attributes.get(name, self.declared_options[name].default))
         # Addresses are of this process and these tensors: a copy makes its own plan. Where this one
         # has loaded a file, a CUDA graph may still read the tables that it was captured with.
         if "_stepper" in vars(self):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,11 +32,13 @@ def create_states(rule: UpdateRule, states: States, work: GroupsWithGrads) -> No
             if param in states:
                 _tidy(rule, group, param, states[param])
         for device, settings in settings_of(rule, group, params).items():
+            needed = rule.counts_of(settings), rule.states(settings)
             for param in params:
                 if param.device == device:
                     state = states.get(param, {})
-                    rule.init_state(settings, param, state)
-                    _check_counts(rule, settings, state)
+                    if not _is_complete(rule, group, param, state, *needed):
+                        rule.init_state(settings, param, state)
+                        _check_counts(rule, needed[0], state)
                     if dist.where_of(param) is not None:
                         _shard_alike(rule, group, param, state)
                     if state:
@@ -58,9 +60,24 @@ def _tidy(rule: UpdateRule, group: ParamGroup, param: Tensor, state: dict[str, T
             state[name] = rule.counts[name].create(param, value)
 
 
-def _check_counts(rule: UpdateRule, settings: Settings, state: dict[str, Tensor]) -> None:
+def _is_complete(
+    rule: UpdateRule,
+    group: ParamGroup,
+    param: Tensor,
+    state: dict[str, Tensor],
+    counts: Sequence[str],
+    names: Sequence[str],
+) -> bool:
+    """Whether all is there that a step is known to need; never of an empty state."""
+    if not state or not all(map(state.__contains__, counts)):
+        return False
+    planes = planes_of(rule.state_format(group, param), names)
+    return all(map(state.__contains__, planes))
+
+
+def _check_counts(rule: UpdateRule, counts: Sequence[str], state: dict[str, Tensor]) -> None:
     """Raise where a count is missing, which kernels would take for 1."""
-    for name in rule.counts_of(settings):
+    for name in counts:
         if name not in state:
             raise RuntimeError(
                 f"{type(rule).__name__}.init_state creates no {name!r}: call "

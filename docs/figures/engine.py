@@ -19,7 +19,7 @@ BOXES = [
     (4.4, 3.85, 1.2, DATA, "plan", ["buckets by device, dtypes,", "alignment and rule;", "ends when something moves"]),
     (8.5, 3.85, 1.2, DATA, "param group", ["lr, betas, weight_decay,", "l1, max_grad_norm, a live", "tensor among them or not"]),
     (0.3, 2.05, 1.15, DATA, "table", ["addresses of p, g and states,", "numel, chunk → tensor,", "tensor → group"]),
-    (8.5, 2.05, 1.15, DATA, "numbers", ["a header and one line", "for each group,", "float64"]),
+    (8.5, 2.05, 1.15, DATA, "numbers", ["step scalars, and scalars", "of each group,", "float64"]),
     (0.3, -0.15, 1.5, LAUNCH, "1  norms", ["one partial norm for each", "chunk, float64, no atomics", "(only with max_grad_norm", "or skip_nonfinite)"]),
     (4.4, -0.15, 1.5, LAUNCH, "2  rows", ["total norm, clip factor, skip?", "t + 1, bias corrections:", "one row of scalars", "for each tensor"]),
     (8.5, -0.15, 1.5, LAUNCH, "3  step", ["scale g → subgradient, L2 →", "rule → decay → prox,", "in registers; p and states", "are stored, g is not"]),

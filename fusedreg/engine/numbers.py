@@ -7,8 +7,7 @@ changes are checked once for all groups that changed alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Collection, Iterator
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -38,11 +37,13 @@ class Asked(NamedTuple):
 class Structure(NamedTuple):
     """What the options of a group decide: which kernels its parameters need."""
 
-    rule: DeviceRule | None
-    """None where the reference path steps its parameters. Then the rest says nothing of kernels."""
+    kernel_rule: DeviceRule | str | None
+    """As the optimizer says it."""
     states: tuple[str, ...]
     counts: tuple[str, ...]
     fused: bool | None
+    rule: DeviceRule | None = None
+    """The rule itself where kernels step any of the parameters; else the rest says nothing."""
     options: int = 0
     """How many options the rule takes."""
     hooks: tuple[Asked, ...] = ()
@@ -57,23 +58,33 @@ class GroupNumbers:
         rule: the optimizer.
         backend: what launches the kernels.
         groups: all param groups, checked.
+        stepped: places of the groups with parameters that kernels step.
     """
 
-    def __init__(self, rule: UpdateRule, backend: Backend, groups: list[ParamGroup]) -> None:
-        self._backend = backend
+    def __init__(
+        self,
+        rule: UpdateRule,
+        backend: Backend,
+        groups: list[ParamGroup],
+        stepped: Collection[int],
+    ) -> None:
+        self._backend, self._stepped = backend, stepped
         self._options_of = itemgetter("lr", *(name for name in rule.defaults if name != "lr"))
         self._rule_takes_lr = "lr" in rule.device_options
         self._options = [self._options_of(group) for group in groups]
         self._seen = [_snapshot_if_mutable(options) for options in self._options]
         self._sizes = [len(group) for group in groups]
-        self.structure = [self._structure(rule, group) for group in groups]
+        read = [self._read(rule, group, index) for index, group in enumerate(groups)]
+        self.structure = [structure for structure, _ in read]
         self._hooks = self._placed()
         """The hooks of all groups, in the order of the optimizer's penalties."""
         widths = (hook.width for hook in self._hooks.values())
         options = max((structure.options for structure in self.structure), default=0)
         self.width = FIRST_NUMBER + sum(widths) + options
         """How many scalars a group has."""
-        self.scalars = list(map(partial(self._scalars, rule), groups, self.structure))
+        self.scalars = [
+            self._scalars(rule, group, *each) for group, each in zip(groups, read, strict=True)
+        ]
         self.hooks_of = self._packed()
         """The hooks of the launch that a group is part of."""
 
@@ -146,48 +157,58 @@ class GroupNumbers:
             self.scalars[index] = with_lr(self.scalars[index], lr)
             return True
         mutable = _snapshot_if_mutable(options)
-        found = alike.get(others) if simple and mutable is None else None
+        kind = (index in self._stepped, *others)
+        found = alike.get(kind) if simple and mutable is None else None
         if found is not None:
             scalars, structure = with_lr(found[0], lr), found[1]
         else:
             rule.validate(group)
             options = self._options_of(group)  # which the check may have made plain
             mutable = _snapshot_if_mutable(options)
-            structure = self._structure(rule, group)
+            structure, asked = self._read(rule, group, index)
             if structure != self.structure[index]:
                 return False
-            scalars = self._scalars(rule, group, structure)
+            scalars = self._scalars(rule, group, structure, asked)
             if mutable is None:
-                alike[options[1:]] = scalars, structure
+                kind = (index in self._stepped, *options[1:])
+                alike[kind] = scalars, structure
         if structure != self.structure[index]:
             return False
         self._options[index], self._seen[index], self.scalars[index] = options, mutable, scalars
         return True
 
-    def _structure(self, rule: UpdateRule, group: ParamGroup) -> Structure:
-        """What the options of a group decide."""
-        fused = group["fused"]
-        names, counts = rule.states(group), rule.counts_of(group)
-        wanted = None if fused is False else rule.kernel_rule(group)
-        if wanted is None:
-            return Structure(None, names, counts, fused)
+    def _read(
+        self, rule: UpdateRule, group: ParamGroup, index: int
+    ) -> tuple[Structure, dict[Asked, tuple[Number, ...]]]:
+        """What the options of a group decide, and the numbers of the hooks that it asks for."""
+        wanted, names = rule.kernel_rule(group), rule.states(group)
+        structure = Structure(wanted, names, rule.counts_of(group), group["fused"])
+        if wanted is None or index not in self._stepped:
+            return structure, {}
         options = len([*_options_of_rule(rule, group)])
         device_rule = self._backend.rule(
             wanted, states=len(names), counts=len(rule.counts), options=options
         )
-        return Structure(device_rule, names, counts, fused, options, (*self._asked(rule, group),))
+        asked: dict[Asked, tuple[Number, ...]] = {}
+        for place, penalty in enumerate(rule.penalties):
+            for turn, (stage, function, numbers, _) in enumerate(penalty.terms(group)):
+                if not numbers:
+                    raise ValueError(
+                        f"{type(penalty).__name__}.terms yields a Term without numbers, so a group "
+                        "without the penalty, which has zeros for them, would have it too: give it "
+                        "the number 1.0"
+                    )
+                hook = self._backend.hook(function)
+                asked[Asked(place, turn, stage, hook, len(numbers))] = numbers
+        return structure._replace(rule=device_rule, options=options, hooks=(*asked,)), asked
 
-    def _asked(self, rule: UpdateRule, group: ParamGroup) -> dict[Asked, tuple[Number, ...]]:
-        """What the penalties of a group ask of kernels, with the numbers that it takes."""
-        return {
-            Asked(
-                place, index, term.stage, self._backend.hook(term.function), len(term.numbers)
-            ): term.numbers
-            for place, penalty in enumerate(rule.penalties)
-            for index, term in enumerate(penalty.terms(group) or ())
-        }
-
-    def _scalars(self, rule: UpdateRule, group: ParamGroup, structure: Structure) -> list[Number]:
+    def _scalars(
+        self,
+        rule: UpdateRule,
+        group: ParamGroup,
+        structure: Structure,
+        asked: dict[Asked, tuple[Number, ...]],
+    ) -> list[Number]:
         """The numbers of a group in the device's order; a tensor where it must not be read."""
         scalars: list[Number] = [0.0] * self.width
         if structure.rule is None:
@@ -195,9 +216,9 @@ class GroupNumbers:
         scalars[:FIRST_NUMBER] = GroupScalars(
             lr=group["lr"], sign=-1.0 if group["maximize"] else 1.0
         )
-        for asked, numbers in self._asked(rule, group).items():
-            first = self._hooks[asked].first
-            scalars[first : first + asked.width] = numbers
+        for hook, numbers in asked.items():
+            first = self._hooks[hook].first
+            scalars[first : first + hook.width] = numbers
         scalars[self.width - structure.options :] = _options_of_rule(rule, group)
         return [value if is_on_device(value) else float(value) for value in scalars]
 

@@ -97,7 +97,7 @@ class Watcher:
         self.backend = self.backends[0]  # tables and numbers are the same for all
         self.group_of = list(chosen.values())
         self.sharded = any(local(param) is not param for param in chosen)
-        self.options = GroupNumbers(rule, self.backend, groups)
+        self.options = GroupNumbers(rule, self.backend, groups, {*self.group_of})
         self._take_places(groups)
         self._take_names(rule, groups, state)
         self.grad_dtypes = [

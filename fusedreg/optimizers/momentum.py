@@ -53,8 +53,9 @@ def check_mass_is_finite(rule: UpdateRule, group: Settings, *names: str) -> None
     for name in names:
         if not group[name] < 1:
             raise ValueError(
-                f"Invalid {name} value: {group[name]} (l1_mode='prox' needs it below 1, because "
-                "lr * l1 * (1 - dampening) / (1 - momentum) is its threshold)"
+                f"Invalid {name} value: {group[name]} (l1_mode='prox', or another proximal step, "
+                "needs it below 1, because its threshold has the factor "
+                "(1 - dampening) / (1 - momentum))"
             )
 
 
@@ -70,7 +71,10 @@ def create_mass(
     state: dict[str, Tensor],
     dampening: Number = 0.0,
 ) -> None:
-    """Create the mass where a threshold needs it, before the buffer is created.
+    """Create the mass where it is needed, before the buffer is created.
+
+    A threshold needs it. With dampening a new buffer needs it too: its first gradient is not
+    damped, and only a mass of 0 tells which is the first.
 
     A buffer may be older than the mass, because l1 was turned on later. It counts as warmed up: the
     mass is then at its limit. A buffer of zeros does not, because its first step was skipped.
@@ -79,7 +83,9 @@ def create_mass(
     buffer = planes_in(storage, state, "momentum_buffer")
     if buffer is None:
         state.pop("momentum_mass", None)  # a buffer that was reset begins anew, and so its mass
-    if "momentum_mass" in state or not needs_mass(rule, group):
+    if "momentum_mass" in state or is_zero(group["momentum"]):
+        return
+    if not ((buffer is None and not is_zero(dampening)) or needs_mass(rule, group)):
         return
     mass = MASS.create(param)
     if buffer is not None:

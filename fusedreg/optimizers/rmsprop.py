@@ -150,7 +150,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     def counts_of(self, group: Settings) -> tuple[str, ...]:
         """The step, and the momentum mass where a threshold needs it."""
-        return ("step", "momentum_mass") if needs_mass(self, group) else ("step",)
+        mass = ("momentum_mass",) if needs_mass(self, group) else ()
+        return (*super().counts_of(group), *mass)
 
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create what is missing, and the momentum mass where a threshold needs it."""

@@ -154,16 +154,13 @@ class SGD(FusedOptimizer, torch.optim.SGD):  # type: ignore[override]  # a prope
 
     def counts_of(self, group: Settings) -> tuple[str, ...]:
         """The momentum mass where a threshold needs it."""
-        return ("momentum_mass",) if needs_mass(self, group) else ()
+        mass = ("momentum_mass",) if needs_mass(self, group) else ()
+        return (*super().counts_of(group), *mass)
 
     def init_state(self, group: Settings, param: Tensor, state: dict[str, Tensor]) -> None:
         """Create the buffer, and the momentum mass where it is needed."""
         create_mass(self, group, param, state, group["dampening"])
-        known = {*state}
         super().init_state(group, param, state)
-        # The first gradient enters the buffer undamped; only the mass tells which is the first.
-        if state.keys() - known and not is_zero(group["dampening"]):
-            state.setdefault("momentum_mass", MASS.create(param))
 
     def device_rule(self, group: Settings) -> str:
         """Name of this rule in `fusedreg.kernels.device.rules`."""

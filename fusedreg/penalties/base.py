@@ -39,7 +39,9 @@ class Term(NamedTuple):
     function: DeviceFunction | str
     """The device function, or its name in kernels/device/penalties.py."""
     numbers: tuple[Number, ...]
-    """What it takes: options as they are, but not lr. Groups without the penalty have zeros.
+    """What it takes, at least one: options as they are, but not lr.
+
+    Zeros stand for a group without the penalty, so a hook that needs no number takes 1.0.
 
     The tensor of an option on a GPU is read there in every step. What is computed from it would be
     formed only once: the device function has to do that.
@@ -57,23 +59,27 @@ class Penalty:
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Raise if kernels would leave out what the reference path does."""
         super().__init_subclass__(**kwargs)
+        if cls.on_kernels is not Penalty.on_kernels:
+            return
         for stage in get_args(Stage):
-            if owner(cls, stage) < owner(cls, "terms"):
+            abstract = getattr(getattr(cls, stage), "__isabstractmethod__", False)
+            if owner(cls, stage) < owner(cls, "terms") and not abstract:
                 raise TypeError(
                     f"{cls.__name__} overrides {stage} but not terms, so kernels would leave it "
                     "out: yield a Term with the device function that does the same from terms, or "
-                    "return None from it for the reference path"
+                    "return False from on_kernels for the reference path"
                 )
 
     def check_param(self, group: Settings, param: Tensor) -> str | None:
         """Why a parameter cannot be in this group, None where it can."""
         return None
 
-    def terms(self, group: Settings) -> Iterable[Term] | None:
-        """What kernels must do for this group: nothing where the penalty is off.
+    def on_kernels(self, group: Settings) -> bool:
+        """Whether `terms` says all; False leaves all parameters of the group to the reference."""
+        return True
 
-        None leaves all parameters of the group to the reference path.
-        """
+    def terms(self, group: Settings) -> Iterable[Term]:
+        """What kernels must do for this group: nothing where the penalty is off."""
         return ()
 
     def gradient(self, settings: Settings, grad: Tensor, w: Tensor) -> Tensor:
@@ -108,10 +114,11 @@ class Penalty:
 
 def needs_gain(penalties: Iterable[Penalty], group: Settings) -> bool:
     """Whether the proximal operator of any penalty uses the gain in this group."""
-    terms = [penalty.terms(group) for penalty in penalties]
     return any(
-        of_one is None or any(term.stage == "prox" and term.uses_gain for term in of_one)
-        for of_one in terms
+        any(term.stage == "prox" and term.uses_gain for term in penalty.terms(group))
+        if penalty.on_kernels(group)
+        else type(penalty).prox is not Penalty.prox
+        for penalty in penalties
     )
 
 

@@ -477,3 +477,17 @@ def test_l1_finds_the_limit_of_the_mass_for_a_damped_buffer_of_torch(path: str) 
     run(optimizer, 1)
     # 0.75 / 0.5, which 0.5 * mass + 0.75 leaves where it is, all exact.
     assert optimizer.state[parameters_of(optimizer)[1]]["momentum_mass"].item() == 1.5
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_twice_in_a_group_has_the_number_that_torch_gives_it() -> None:
+    saved = []
+    for cls in (torch.optim.Adam, fusedreg.Adam):
+        model = nn.Linear(2, 2)
+        weight, bias = model.parameters()
+        optimizer = cls([weight, weight, bias], lr=0.1)
+        set_grads([weight, bias], seed=1)
+        optimizer.step()
+        whole = get_optimizer_state_dict(model, optimizer)
+        saved.append((optimizer.state_dict()["param_groups"][0]["params"], whole["state"].keys()))
+    assert saved[0] == saved[1]

@@ -27,6 +27,12 @@ def counting(options, counts):
 
 
 @triton.jit
+def counting_second(options, counts):
+    t = counts[1] + 1.0
+    return 1.0, (t,), (counts[0], t)
+
+
+@triton.jit
 def scaled(g, states, scalars):
     return g * scalars[0].to(g.dtype), 1.0, ()
 
@@ -130,3 +136,44 @@ def test_update_alone_is_a_whole_optimizer(path: str) -> None:
     set_grads(params, seed=1)
     assert step(optimizer) == [0.5, 0.5]
     assert (optimizer.backend, optimizer.launches) == ("reference", 0)
+
+
+def test_a_subclass_may_count_more_than_its_parent(path: str) -> None:
+    class Counting(fusedreg.SGD):
+        counts = MappingProxyType({**fusedreg.SGD.counts, "step": Count()})
+
+        def device_rule(self, group: Any) -> Rule:
+            return Rule(counting_second, scaled, width=1)
+
+        def update(self, settings: Any, state: Any, grad: Any) -> Any:
+            step = state["step"] + 1
+            return grad * step, 1.0, {"step": step}
+
+    optimizer = Counting(ones(1), lr=1.0, **PATHS.get(path, {}))
+    assert [step(optimizer)[0] for _ in range(3)] == [0.0, -2.0, -5.0]
+
+
+def test_a_loaded_buffer_stays_where_another_state_is_new(path: str) -> None:
+    """Dampening leaves the first gradient alone, and this one is not the first."""
+
+    class More(fusedreg.SGD):
+        counts = MappingProxyType({**fusedreg.SGD.counts, "seen": Count()})
+        late_states = (*fusedreg.SGD.late_states, "seen")
+
+        def counts_of(self, group: Any) -> tuple[str, ...]:
+            return (*super().counts_of(group), "seen")
+
+        def device_rule(self, group: Any) -> None:
+            return None
+
+        def update(self, settings: Any, state: Any, grad: Any) -> Any:
+            return super().update(settings, state, grad)
+
+    options = {"lr": 0.125, "momentum": 0.5, "dampening": 0.5}
+    theirs = torch.optim.SGD(ones(1), **options)
+    step(theirs)
+    params = [torch.nn.Parameter(param.detach().clone()) for param in ones(1)]
+    optimizer = More(params, **options, **PATHS.get(path, {}))
+    optimizer.load_state_dict(theirs.state_dict())
+    params[0].data.copy_(theirs.param_groups[0]["params"][0].detach())
+    assert step(optimizer) == step(theirs)

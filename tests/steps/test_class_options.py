@@ -95,3 +95,48 @@ def test_options_of_the_optimizer_are_attributes_that_copies_keep(how: Any) -> N
     copied = how(optimizer)
     assert (copied.tag, copied.label) == (3.0, "mine")
     run(copied, 1)
+
+
+def test_defaults_and_fixed_options_of_bases_stay() -> None:
+    class Amsgrad(fusedreg.AdamW):
+        fixed_options = MappingProxyType({"amsgrad": True})
+
+    class Sparse(fusedreg.Lion):
+        option_defaults = MappingProxyType({"l1": 0.5})
+
+    group = Amsgrad(parameters()).param_groups[0]
+    assert (group["amsgrad"], group["decoupled_weight_decay"]) == (True, True)
+    group = Sparse(parameters()).param_groups[0]
+    assert (group["l1"], group["l1_mode"]) == (0.5, "decoupled")
+
+
+def test_a_subclass_may_write_out_what_its_base_has_a_default_for() -> None:
+    class Base(fusedreg.FusedOptimizer):
+        option_defaults = MappingProxyType({"weight_decay": 0.125})
+
+    class Child(Base):
+        def __init__(self, params: Any, weight_decay: float = 0.5, **options: Any) -> None:
+            super().__init__(params, {"lr": 0.1, "weight_decay": weight_decay}, **options)
+
+    assert Base(parameters(), {"lr": 0.1}).param_groups[0]["weight_decay"] == 0.125
+    assert Child(parameters()).param_groups[0]["weight_decay"] == 0.5
+
+
+def test_a_fixed_pair_may_be_a_list() -> None:
+    class Fixed(fusedreg.Adam):
+        fixed_options = MappingProxyType({"betas": (0.5, 0.75)})
+
+    optimizer = Fixed(parameters())
+    optimizer.param_groups[0]["betas"] = [0.5, 0.75]
+    run(optimizer, 1)
+    optimizer.param_groups[0]["betas"] = [0.5, 0.5]
+    with pytest.raises(ValueError, match="every group of Fixed has betas"):
+        run(optimizer, 1)
+
+
+def test_a_copy_that_lacks_an_option_of_the_optimizer_has_its_default() -> None:
+    state = Tagged(parameters(), label="mine").__getstate__()
+    del state["_attributes"]["tag"]
+    older = Tagged.__new__(Tagged)
+    older.__setstate__(state)
+    assert (older.tag, older.label) == (1.0, "mine")

@@ -125,6 +125,9 @@ def test_a_penalty_that_kernels_would_leave_out_is_refused() -> None:
     with pytest.raises(TypeError, match="Half overrides gradient but not terms"):
         type("Half", (L1,), {"gradient": lambda self, settings, grad, w: grad})
     type("Named", (L1,), {"value": lambda self, settings, w: w.sum()})  # kernels do not ask for it
+    type(
+        "Other", (Row,), {"prox": lambda self, settings, w, rate, gain: w}
+    )  # is on_kernels' matter
 
 
 class RowOptions(TypedDict, total=False):
@@ -136,12 +139,12 @@ class Row(Penalty):
 
     options = RowOptions
 
-    def terms(self, group: Mapping[str, Any]) -> Iterable[Term] | None:
-        return None if group["norm"] else ()
+    def on_kernels(self, group: Mapping[str, Any]) -> bool:
+        return not group["norm"]
 
     def prox(self, settings: Mapping[str, Any], w: Tensor, rate: Number, gain: Number) -> Tensor:
         norm = torch.linalg.vector_norm(w)
-        return w * (1 - rate * settings["norm"] / norm).clamp(min=0)
+        return w * (1 - rate * settings["norm"] / norm).clamp(min=0) if settings["norm"] else w
 
 
 def test_a_penalty_may_leave_its_groups_to_the_reference_path(path: str) -> None:
@@ -159,6 +162,54 @@ def test_a_penalty_may_leave_its_groups_to_the_reference_path(path: str) -> None
     assert small.tolist() == [1.0] * 3
     kernels = {"default": "llvm and ", "foreach": "llvm and ", "fused": "triton and "}
     assert optimizer.backend == kernels.get(path, "") + "reference"
+
+
+def test_a_gradient_that_kernels_cannot_compute_needs_no_gain(path: str) -> None:
+    class Pull(Penalty):
+        def on_kernels(self, group: Mapping[str, Any]) -> bool:
+            return False
+
+        def gradient(self, settings: Mapping[str, Any], grad: Tensor, w: Tensor) -> Tensor:
+            return grad + w.mean()
+
+    cls: Any = type("Pulled", (fusedreg.SGD,), {"penalties": (*PENALTIES, Pull())})
+    w = torch.nn.Parameter(torch.tensor([1.0, 3.0]))
+    optimizer = cls([w], lr=0.5, momentum=1.0, **PATHS.get(path, {}))
+    w.grad = torch.zeros(2)
+    optimizer.step()
+    assert w.tolist() == [0.0, 2.0]
+    assert {*optimizer.state[w]} == {"momentum_buffer"}
+
+
+def test_a_term_without_a_number_is_refused() -> None:
+    """Zeros stand for a group without it, so it would act on groups that do not ask for it."""
+
+    class Always(Penalty):
+        def terms(self, group: Mapping[str, Any]) -> Iterable[Term]:
+            yield Term("prox", plus, ())
+
+    cls: Any = type("Uncounted", (fusedreg.SGD,), {"penalties": (Always(),)})
+    optimizer = cls(parameters())
+    with pytest.raises(ValueError, match=r"Always\.terms yields a Term without numbers"):
+        run(optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", ["complex", "strided", "frozen"])
+def test_a_group_that_only_the_reference_can_step_takes_no_slot(kind: str) -> None:
+    odd = {
+        "complex": torch.zeros(3, dtype=torch.complex64),
+        "strided": torch.zeros(6)[::2],
+        "frozen": torch.zeros(3),
+    }[kind]
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(odd)]
+    many = {"changes": (("+", 1.0), ("+", 2.0), ("+", 3.0))}
+    optimizer = After([{"params": params[:1]}, {"params": params[1:], **many}], lr=0.5)
+    for turn in range(2):
+        for param in params[: 1 if kind == "frozen" else 2]:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert params[0].tolist() == [0.5 - 0.5 * turn] * 3
+    assert optimizer.launches == 2
 
 
 # ---- the gain, for other penalties than L1 -------------------------------------------------------

@@ -16,7 +16,7 @@ WIDTH = 3.0
 # Lower left corner, height, colour, title and text.
 BOXES = [
     (0.3, 3.85, 1.2, DATA, "param.grad", ["its address, dtype", "and layout, compared", "in every step"]),
-    (4.4, 3.85, 1.2, DATA, "plan", ["buckets by device, dtypes,", "alignment and rule;", "ends when something moves"]),
+    (4.4, 3.85, 1.2, DATA, "plan", ["buckets by device and", "program; made anew when", "shapes, dtypes or rules change"]),
     (8.5, 3.85, 1.2, DATA, "param group", ["lr, betas, weight_decay,", "l1, max_grad_norm, a live", "tensor among them or not"]),
     (0.3, 2.05, 1.15, DATA, "table", ["addresses of p, g and states,", "numel, chunk → tensor,", "tensor → group"]),
     (8.5, 2.05, 1.15, DATA, "numbers", ["step scalars, and scalars", "of each group,", "float64"]),

@@ -137,8 +137,8 @@ FAULTS = [
     # What a scaler says is read by the host here; only on a GPU the kernel of the rows reads it.
     Fault("kernels: loss scale multiplies", PLAN, "scale, grad_scale = scale / float(grad_scale), None", "scale, grad_scale = scale * float(grad_scale), None", AMP),
     # ---- plans
-    Fault("two terms have the same numbers", NUMBERS, "place, index, term.stage", "0, 0, term.stage", "steps/test_own_penalties.py"),
-    Fault("a late count comes never", NUMBERS, "rule.states(group), rule.counts_of(group)", "rule.states(group), ()", "kernels/test_own_rules.py"),
+    Fault("two terms have the same numbers", NUMBERS, "Asked(place, turn, stage,", "Asked(0, 0, stage,", "steps/test_own_penalties.py"),
+    Fault("a late count comes never", NUMBERS, "Structure(wanted, names, rule.counts_of(group),", "Structure(wanted, names, (),", "kernels/test_own_rules.py"),
     Fault("options of a rule begin too early", NUMBERS, "scalars[self.width - structure.options :]", "scalars[-1 - structure.options : -1]", f"{ORACLE} -k default"),
     Fault("addresses are never sent again", PLAN, "if not self._pending.tables:\n            return", "return", "kernels/test_plan.py kernels/test_same_memory.py"),
     Fault("a moved gradient is not noticed", WATCH, "return MOVED if moved else OTHER_GRADS", "return MOVED if moved else NOTHING", "kernels/test_plan.py kernels/test_same_memory.py"),

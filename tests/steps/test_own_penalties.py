@@ -261,6 +261,7 @@ def torch_class(cls: type) -> type:
     return next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("path", ["reference", *KERNELS])
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("kept", [(L1(),), (L2(),), ()], ids=["l1", "l2", "none"])

@@ -8,8 +8,7 @@
     4. Run the plan, and the reference path for the rest.
 
 Whatever can go wrong is found in 1 and 2, before anything changes. A stepper owns the plan and the
-plans that CUDA graphs were captured with. It does not keep the optimizer, which owns it: a cycle
-would keep both alive.
+plans that CUDA graphs were captured with. It keeps no optimizer, because a cycle would live on.
 """
 
 from __future__ import annotations

@@ -138,6 +138,12 @@ class Arrays(NamedTuple):
     Empty like `partials` unless the rule is layerwise.
     """
 
+    def walked(self, sums: Tensor | None) -> tuple[Tensor | int | None, ...]:
+        """What the two launches over all elements take, `step` and `squares`, in their order."""
+        table = self.table
+        tables = table.addresses, self.grads, table.numels, table.groups, table.first_chunks
+        return (*tables, table.owners, self.numbers, self.rows, sums, table.tensors)
+
 
 class Backend(Protocol):
     """A compiler and the device that its kernels run on."""

@@ -213,21 +213,7 @@ class LLVM:
 
 def _walk(loop: Loop, arrays: Arrays, sums: Tensor) -> Call:
     """A loop over all chunks."""
-    table = arrays.table
-    return on_threads(
-        loop,
-        table,
-        table.addresses,
-        arrays.grads,
-        table.numels,
-        table.groups,
-        table.first_chunks,
-        table.owners,
-        arrays.numbers,
-        arrays.rows,
-        sums,
-        table.tensors,
-    )
+    return on_threads(loop, arrays.table, *arrays.walked(sums))
 
 
 BACKEND = LLVM()

@@ -174,23 +174,7 @@ class Triton:
 
 def _walk(kernel: Any, arrays: Arrays, sums: Tensor | None, constants: dict[str, Any]) -> Call:
     """A launch over all chunks."""
-    table = arrays.table
-    return partial(
-        run,
-        kernel,
-        table.chunks,
-        table.addresses,
-        arrays.grads,
-        table.numels,
-        table.groups,
-        table.first_chunks,
-        table.owners,
-        arrays.numbers,
-        arrays.rows,
-        sums,
-        table.tensors,
-        **constants,
-    )
+    return partial(run, kernel, arrays.table.chunks, *arrays.walked(sums), **constants)
 
 
 def _constants(program: Program, scaled: bool) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Bound(Penalty):
 def bounded(cls: type[fusedreg.FusedOptimizer]) -> Any:
     """A class with a bound beside its other penalties."""
 
-    class Bounded(cls):  # type: ignore[misc, valid-type]
+    class Bounded(cls):  # type: ignore[misc, valid-type]  # a base that is a variable
         penalties = (*cls.penalties, Bound())
 
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+TESTS = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="module")
 def faults() -> ModuleType:
-    file = Path(__file__).parents[1] / "faults.py"
-    spec = importlib.util.spec_from_file_location("faults", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TESTS)
+        return importlib.import_module("faults")
 
 
 def test_each_fault_finds_the_text_that_it_replaces(faults: ModuleType) -> None:
@@ -29,6 +27,5 @@ def test_each_fault_finds_the_text_that_it_replaces(faults: ModuleType) -> None:
 
 
 def test_each_fault_names_tests_that_there_are(faults: ModuleType) -> None:
-    tests = Path(faults.__file__).parent
     for fault in faults.FAULTS:
-        assert any((tests / word).exists() for word in fault.tests.split())
+        assert any((TESTS / word).exists() for word in fault.tests.split())
